@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help demo test check lint types docs train clean
+
+help:
+	@echo "make demo    set up .venv, then slice, export, build and verify the bundled model"
+	@echo "make test    set up .venv, then run all tests"
+	@echo "make check   lint, types, all tests (with the commands of the documentation)"
+	@echo "make train   train the bundled model again (five seeds, about 25 minutes)"
+
+$(STAMP): pyproject.toml plugins/pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ./plugins -e '.[torch,ort,rtx,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/digits/demo.py demo-out
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m pytest -q tests/docs
+
+check: lint types test
+
+train: $(STAMP)
+	$(BIN)/python examples/digits/train.py
+	$(BIN)/python examples/digits/measure.py
+
+clean:
+	rm -rf $(VENV) demo-out build .mypy_cache .pytest_cache .ruff_cache .hypothesis

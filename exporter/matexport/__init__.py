@@ -1,0 +1,38 @@
+"""matexport: slices nested (Matryoshka) checkpoints, exports them, and proves that they compute the same.
+
+    import matexport as mx
+
+    plan = mx.plan("checkpoint", slice="half")
+    plan.write("half")
+    mx.export_onnx(plan, "half.onnx")
+    assert mx.verify("half", source="checkpoint").passed
+
+Importing this package imports neither torch nor onnx; each function imports what it needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from matexport.version import __version__
+
+if TYPE_CHECKING:
+    from matexport.api import PlannedSlice, build_trt, export_onnx, load_table, plan, slice, verify
+    from matexport.errors import MatexportError
+
+__all__ = [
+    "MatexportError", "PlannedSlice", "__version__", "build_trt", "export_onnx", "load_table", "plan", "slice",
+    "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'matexport' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module("matexport.errors" if name == "MatexportError" else "matexport.api"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,161 @@
+"""The public functions: what the command line does, in the lines a notebook would have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matexport.card import model_card
+from matexport.checkpoint import Checkpoint, open_checkpoint
+from matexport.errors import TableError
+from matexport.families import Family, family_of, table_of
+from matexport.families.rows import WHOLE
+from matexport.planning import Plan
+from matexport.slice_table import Row, Table, read_table
+from matexport.targets import target_named
+from matexport.writer import Progress, write_checkpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from matexport.parity.report import Report
+
+StrPath = str | Path
+Profile = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # min, opt and max shape of one input
+
+
+def _silent(_: int) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class PlannedSlice:
+    """A planned slice together with the checkpoint that it is cut from."""
+
+    checkpoint: Checkpoint
+    family: Family
+    row: Row
+    plan: Plan
+
+    def write(
+        self,
+        output: StrPath,
+        *,
+        max_shard_size: int | None = None,
+        force: bool = False,
+        strict: bool = False,
+        progress: Progress = _silent,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Writes the standalone checkpoint; see `matexport.writer.write_checkpoint` for arguments and errors."""
+        files = self.family.custom_code()
+        files["README.md"] = model_card(self.plan, self.row, self.checkpoint, self.family.card(self.plan)).encode()
+        write_checkpoint(
+            self.checkpoint, self.plan, Path(output), files=files, max_shard_size=max_shard_size, force=force,
+            strict=strict, progress=progress, warn=warn,
+        )  # fmt: skip
+
+
+def load_table(path: StrPath) -> Table:
+    """Reads a slice table. Raises TableError."""
+    return read_table(path)
+
+
+def plan(model: StrPath, slice: str | Row | None = None, *, table: StrPath | Table | None = None) -> PlannedSlice:
+    """Plans a slice of a checkpoint without reading a weight.
+
+    Args:
+        model: the checkpoint's folder.
+        slice: a row, or its name, `#number` or a unique part of its name; None is the whole model.
+        table: a slice table; by default `slices.csv` beside the checkpoint, else the packaged one.
+
+    Raises:
+        CheckpointError, TableError: what is wrong, where, and the fix.
+    """
+    checkpoint = open_checkpoint(model)
+    family = family_of(checkpoint)
+    known = table_of(checkpoint, family)
+    chosen = known if table is None else table if isinstance(table, Table) else read_table(table)
+    if isinstance(slice, str):
+        slice = find_row(chosen, checkpoint, slice)
+    row = slice or WHOLE
+    return PlannedSlice(checkpoint, family, row, family.plan_slice(checkpoint, row, known))
+
+
+def find_row(table: Table | None, checkpoint: Checkpoint, name: str) -> Row:
+    """The row called `name`. Raises TableError if there is no table for the model, or no such row."""
+    if table is None:
+        fix = "give a slice table with -c, or put slices.csv beside the checkpoint"
+        raise TableError("no slice table is packaged for this model", where=str(checkpoint.path), fix=fix)
+    return table.find(name)
+
+
+def slice(
+    model: StrPath, name: str, output: StrPath, *, table: StrPath | Table | None = None, **options: Any
+) -> PlannedSlice:
+    """Plans the row `name` of a model and writes it; see `plan` and `PlannedSlice.write`."""
+    planned = plan(model, name, table=table)
+    planned.write(output, **options)
+    return planned
+
+
+def export_onnx(
+    model: StrPath | PlannedSlice,
+    output: StrPath,
+    *,
+    slice: str | None = None,
+    table: StrPath | Table | None = None,
+    target: str = "portable",
+    form: str | None = None,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> None:
+    """Writes ONNX: a folder with `model.onnx`, or one file (and its weights beside it) if `output` ends in .onnx.
+
+    Raises:
+        UsageError: the target cannot run the form, or the output cannot be used.
+        CheckpointError, TableError: see `plan`.
+    """
+    from matexport.onnx import write_onnx
+
+    chosen = target_named(target, "onnx", form)
+    planned = model if isinstance(model, PlannedSlice) else plan(model, slice, table=table)
+    graph = planned.family.build_graph(planned.plan)
+    write_onnx(planned.checkpoint, planned.plan, graph, Path(output), target=chosen, force=force, progress=progress)
+
+
+def build_trt(
+    onnx: StrPath,
+    output: StrPath,
+    *,
+    target: str = "rtx",
+    shapes: Mapping[str, Profile] | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Builds an engine from an ONNX folder and returns its manifest; see `matexport.tensorrt.build_engine`."""
+    from matexport.tensorrt import build_engine
+
+    return build_engine(
+        Path(onnx), Path(output), target=target_named(target, "engine"), shapes=shapes or {}, force=force
+    )
+
+
+def verify(
+    artefact: StrPath,
+    source: StrPath,
+    *,
+    slice: str | None = None,
+    table: StrPath | Table | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Compares an artefact with its source; see `matexport.parity.verify.verify_artefact`."""
+    from matexport.parity.verify import verify_artefact
+
+    row = plan(source, slice, table=table).row if slice else None
+    return verify_artefact(Path(artefact), open_checkpoint(source), row=row, inputs=inputs, progress=progress)
+
+
+__all__ = ["PlannedSlice", "build_trt", "export_onnx", "load_table", "plan", "slice", "verify"]

@@ -1,0 +1,274 @@
+"""Checkpoints: a folder of `config.json` and safetensors files, opened by their headers only.
+
+Nothing here reads a weight until it is asked for, and nothing trusts a file: every name, offset and
+size is checked before it is used (format: https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matexport.errors import CheckpointError
+
+MAX_HEADER, MAX_CONFIG, MAX_INDEX = 100 << 20, 16 << 20, 100 << 20
+
+# safetensors name -> (bytes an element, numpy name or None where ml_dtypes has it)
+DTYPES: dict[str, tuple[int, str]] = {
+    "BOOL": (1, "bool"), "U8": (1, "uint8"), "I8": (1, "int8"), "U16": (2, "uint16"), "I16": (2, "int16"),
+    "U32": (4, "uint32"), "I32": (4, "int32"), "U64": (8, "uint64"), "I64": (8, "int64"), "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"), "F32": (4, "float32"), "F64": (8, "float64"),
+}  # fmt: skip
+QUANTISED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies: `nbytes` bytes from `start` of `file`, C order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, its config and its tensors by name (in file order)."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in order."""
+        return list(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
+
+    def read(self, name: str) -> np.ndarray:
+        """One whole tensor (bfloat16 as ml_dtypes' type). Raises CheckpointError if the file is cut short."""
+        tensor = self.tensors[name]
+        with tensor.file.open("rb") as f:
+            f.seek(tensor.start)
+            data = f.read(tensor.nbytes)
+        if len(data) != tensor.nbytes:
+            raise CheckpointError(f"tensor {name!r} ends early", where=str(tensor.file), fix="download the file again")
+        return np.frombuffer(data, numpy_dtype(tensor.dtype)).reshape(tensor.shape)
+
+    def state(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, size and modification time (ns) of the weight files: differs once one of them has changed."""
+        stats = [(file.name, file.stat()) for file in self.files]
+        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def numpy_dtype(dtype: str) -> np.dtype:
+    """The numpy type of a safetensors dtype name."""
+    if dtype == "BF16":
+        import ml_dtypes
+
+        bfloat16: np.dtype = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype(DTYPES[dtype][1])
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a folder with `config.json` and `model.safetensors`, or shards with their index.
+
+    Raises:
+        CheckpointError: file and tensor that are missing, damaged or not supported, and the fix.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)) and not folder.exists()
+        fix = f"download it first: hf download {str(path).split('@')[0]}" if is_id else "give a checkpoint's folder"
+        raise CheckpointError("is not a folder", where=str(path), fix=fix)
+    config = read_json(folder / "config.json", MAX_CONFIG)
+    _refuse_quantised(folder, config)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        tensors = _read_shards(folder, index)
+    elif single.exists():
+        tensors = read_header(single)
+    else:
+        others = sorted(p.name for p in folder.glob("*.safetensors"))
+        pickles = [p.name for p in folder.glob("*.bin")]
+        if pickles:
+            what, fix = f"holds only pickled weights ({pickles[0]})", "convert them to safetensors first"
+        elif others:
+            what, fix = "has no model.safetensors.index.json", f"put the index of {others[0]} beside it"
+        else:
+            what, fix = "has no model.safetensors", "give a folder with config.json and safetensors files"
+        raise CheckpointError(what, where=str(folder), fix=fix)
+    return Checkpoint(folder, config, tensors)
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """A JSON object of at most `limit` bytes, every key used once. Raises CheckpointError."""
+    try:
+        with path.open("rb") as f:
+            data = f.read(limit + 1)
+    except OSError as e:
+        raise CheckpointError(
+            f"cannot be read: {e.strerror}", where=str(path), fix="give a checkpoint's folder"
+        ) from None
+    if len(data) > limit:
+        raise CheckpointError(f"is larger than {limit >> 20} MiB", where=str(path), fix="this is not such a file")
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object without repeated keys; too deep a nesting is an error, not a crash. Raises CheckpointError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"is not JSON: {e}", where=where, fix="download the file again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError("is not a JSON object", where=where, fix="download the file again")
+    return value
+
+
+def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+    if "quantization_config" in config:
+        raise CheckpointError(
+            "is quantised ('quantization_config'): its weights cannot be cut by index",
+            where=str(folder / "config.json"),
+            fix="use the unquantised (bf16 or fp32) checkpoint",
+        )
+
+
+# ------------------------------------------------------------------------------------- safetensors
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, sorted by offset, after checking that they fill it exactly.
+
+    Raises:
+        CheckpointError: header beyond the file or 100 MB, overlap, hole, truncation, unknown dtype.
+    """
+    where = str(path)
+    damaged = "download the file again: it is damaged"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            prefix = f.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if length < 2 or length > MAX_HEADER or 8 + length > size:
+                raise CheckpointError(
+                    f"header of {length} bytes does not fit a file of {size}", where=where, fix=damaged
+                )
+            header = parse_json(f.read(length), where)
+    except OSError as e:
+        raise CheckpointError(
+            f"cannot be read: {e.strerror}", where=where, fix="check the path and its rights"
+        ) from None
+    header.pop("__metadata__", None)
+    entries = sorted(_entries(header, where), key=lambda e: (e[3], e[4]))
+    position = 0
+    tensors: dict[str, Tensor] = {}
+    for name, dtype, shape, begin, end in entries:
+        if begin != position:
+            kind = "overlaps the tensor before it" if begin < position else f"leaves a hole of {begin - position} bytes"
+            raise CheckpointError(f"tensor {name!r} {kind}", where=where, fix=damaged)
+        tensors[name] = Tensor(name, dtype, shape, path, 8 + length + begin)
+        position = end
+    if 8 + length + position != size:
+        kind = "is truncated" if 8 + length + position > size else "has bytes after its last tensor"
+        raise CheckpointError(f"{kind}: {size} bytes, {8 + length + position} expected", where=where, fix=damaged)
+    return tensors
+
+
+def _entries(header: dict[str, Any], where: str) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
+    damaged = "download the file again: it is damaged"
+    for name, entry in header.items():
+        dtype, shape, offsets = (
+            (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
+            if isinstance(entry, dict)
+            else (None,) * 3
+        )
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+            raise CheckpointError(f"tensor {name!r} has no valid shape", where=where, fix=damaged)
+        if (
+            not isinstance(offsets, list)
+            or len(offsets) != 2
+            or not all(type(n) is int and 0 <= n < 2**62 for n in offsets)
+        ):
+            raise CheckpointError(f"tensor {name!r} has no valid data_offsets", where=where, fix=damaged)
+        if dtype in QUANTISED:
+            fix = "use the unquantised (bf16 or fp32) checkpoint"
+            raise CheckpointError(f"tensor {name!r} is quantised ({dtype})", where=where, fix=fix)
+        if dtype not in DTYPES:
+            raise CheckpointError(f"tensor {name!r} has the unknown dtype {dtype!r}", where=where, fix=damaged)
+        if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype][0]:
+            raise CheckpointError(f"tensor {name!r}: offsets do not match its shape", where=where, fix=damaged)
+        yield name, dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index, MAX_INDEX).get("weight_map")
+    where = str(index)
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("has no weight_map", where=where, fix="download the index again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", shard, re.ASCII):
+            raise CheckpointError(
+                f"tensor {name!r}: {shard!r} is not the name of a shard",
+                where=where,
+                fix="shards lie beside their index, named by plain file names",
+            )
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"shard {shard} is missing", where=where, fix="download it")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        found = read_header(folder / shard)
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise CheckpointError(
+                f"tensor {twice[0]!r} is in two shards, {tensors[twice[0]].file.name} and {shard}",
+                where=where,
+                fix="download the shards again",
+            )
+        declared = {name for name, file in weight_map.items() if file == shard}
+        if declared != found.keys():
+            missing, extra = sorted(declared - found.keys()), sorted(found.keys() - declared)
+            raise CheckpointError(
+                f"index and {shard} disagree: only in the index {missing[:5]}, only in the shard {extra[:5]}",
+                where=where,
+                fix="download index and shards of one revision",
+            )
+        tensors |= found
+    return tensors
+
+
+def read_at(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fills `buffer` from `offset`. Raises CheckpointError where the file ends or cannot be read."""
+    while len(buffer):
+        try:
+            count = os.preadv(fd, [buffer], offset)
+        except OSError as e:
+            raise CheckpointError(
+                f"reading at byte {offset} failed: {e.strerror}", where="source", fix="check the disk"
+            ) from None
+        if not count:
+            raise CheckpointError(
+                f"ends at byte {offset}, inside a tensor", where="source", fix="the source changed while it was read"
+            )
+        buffer, offset = buffer[count:], offset + count

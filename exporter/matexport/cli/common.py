@@ -1,0 +1,116 @@
+"""What the verbs share: options spelled alike everywhere, output, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from matexport.errors import printable
+from matexport.writer import Progress
+
+Command = Callable[..., Any]
+
+model_option = click.option("-m", "--model", required=True, metavar="FOLDER", help="The checkpoint or artefact.")
+table_option = click.option(
+    "-c",
+    "--config",
+    "table",
+    metavar="CSV",
+    help="Slice table; by default slices.csv beside the model, else the packaged one.",
+)
+slice_option = click.option(
+    "-s", "--slice", "row", metavar="NAME", help="Row: its name, #3 for the third one, or a unique part of its name."
+)
+output_option = click.option(
+    "-o", "--output", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="Where to write."
+)
+force_option = click.option("--force", is_flag=True, help="Replace an output that is not empty.")
+format_option = click.option(
+    "--format",
+    "style",
+    type=click.Choice(["human", "json"]),
+    default="human",
+    show_default=True,
+    help="What stdout gets.",
+)
+
+
+def quantity(units: dict[str, int]) -> Callable[[click.Context, click.Parameter, str | None], int | None]:
+    """A callback that reads numbers such as 200KB or 2.5B."""
+
+    def read(_: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+        if text is None:
+            return None
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)", text.strip())
+        unit = {name.casefold(): factor for name, factor in units.items()}.get(match[2].casefold()) if match else None
+        if match is None or unit is None:
+            raise click.BadParameter(f"{text!r}: write a number and one of {', '.join(n for n in units if n)}")
+        return int(float(match[1]) * unit)
+
+    return read
+
+
+BYTES = quantity(
+    {"": 1, "B": 1}
+    | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+    | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
+)
+COUNT = quantity({"": 1, "K": 10**3, "M": 10**6, "B": 10**9})
+
+
+def echo_json(value: Any) -> None:
+    """Machine-readable data, to stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def echo_table(titles: list[str], rows: list[list[str]], *, left: int = 1) -> None:
+    """A table to stdout, its first `left` columns aligned to the left."""
+    cells = [[printable(cell).replace("\n", " ") for cell in row] for row in [titles, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
+    for row in cells:
+        line = "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        click.echo(line.rstrip())
+
+
+def note(text: str) -> None:
+    """A line to stderr."""
+    click.echo(f"note: {printable(text)}", err=True)
+
+
+def hint(command: str) -> None:
+    """The last line: the command that most users want next."""
+    click.echo(f"hint: {printable(command)}", err=True)
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Progress]:
+    """A bar of bytes on stderr, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def human_bytes(count: int) -> str:
+    """12.3 MB, in powers of 1000."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

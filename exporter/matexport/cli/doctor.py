@@ -1,0 +1,45 @@
+"""`matexport doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import Any
+
+import click
+
+from matexport.cli.common import echo_json, echo_table, format_option
+from matexport.tensorrt.build import has_gpu
+
+# what it is for, the distribution, the module, and the line that installs it
+PARTS = (
+    ("oracle, parity", "torch", "torch", "pip install 'matexport[torch]'"),
+    ("Auto classes", "transformers", "transformers", "pip install 'matexport[torch]'"),
+    ("run ONNX", "onnxruntime", "onnxruntime", "pip install 'matexport[ort]'"),
+    ("build RTX engines", "tensorrt_rtx", "tensorrt_rtx", "pip install 'matexport[rtx]'"),
+    ("build TensorRT engines", "tensorrt", "tensorrt", "install TensorRT on the machine with the GPU"),
+    ("custom ops", "matexport-plugins", "matexport_plugins", "pip install matexport-plugins"),
+)
+
+
+@click.command()
+@format_option
+def command(style: str) -> None:
+    """Says which runtimes and which hardware are usable here, and the one line that installs what is missing.
+
+    \b
+    Example:
+      matexport doctor
+    """
+    found: list[dict[str, Any]] = []
+    for purpose, distribution, module, install in PARTS:
+        usable = importlib.util.find_spec(module) is not None
+        version = importlib.metadata.version(distribution) if usable else None
+        found.append({"part": distribution, "for": purpose, "version": version, "install": None if usable else install})
+    gpu = has_gpu()
+    found.append({"part": "NVIDIA GPU", "for": "run engines", "version": "present" if gpu else None, "install": None})
+    if style == "json":
+        echo_json({"parts": found})
+        return
+    rows = [[entry["part"], entry["for"], entry["version"] or "missing", entry["install"] or ""] for entry in found]
+    echo_table(["part", "for", "version", "to install"], rows, left=4)

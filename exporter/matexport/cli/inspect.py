@@ -1,0 +1,88 @@
+"""`matexport inspect`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from matexport.checkpoint import open_checkpoint
+from matexport.cli.common import echo_json, format_option, hint, human_bytes, model_option
+from matexport.errors import printable
+from matexport.families import family_of
+from matexport.families.rows import WHOLE
+from matexport.manifest import manifest_path, read_manifest
+
+
+@click.command()
+@model_option
+@format_option
+def command(model: str, style: str) -> None:
+    """Says what a checkpoint, an ONNX folder or an engine is, and where it came from.
+
+    \b
+    Examples:
+      matexport inspect -m checkpoint
+      matexport inspect -m half-onnx --format json
+    """
+    path = Path(model)
+    manifest = read_manifest(path) if manifest_path(path).is_file() else None
+    found = _artefact(manifest) if manifest else {"kind": "checkpoint"}
+    if found["kind"] == "checkpoint":
+        found |= _checkpoint(path)
+    if style == "json":
+        echo_json(found)
+    else:
+        _show(found)
+    command = {"checkpoint": f"matexport slices -m {model}", "onnx": f"matexport verify -m {model} --source SOURCE"}
+    hint(command.get(found["kind"], f"matexport inspect -m {model} --format json"))
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    checkpoint = open_checkpoint(path)
+    family = family_of(checkpoint)
+    plan = family.plan_slice(checkpoint, WHOLE, None)
+    return {
+        "family": plan.family,
+        "layers": len(plan.layers),
+        "widths": [layer.width for layer in plan.layers],
+        "dtypes": sorted({tensor.dtype for tensor in plan.tensors.values()}),
+        "tensors": len(plan.tensors),
+        "parameters": plan.parameters,
+        "effective_parameters": plan.effective_parameters,
+        "bytes": plan.nbytes,
+        "packaged_table": family.packaged_table(checkpoint),
+    }
+
+
+def _artefact(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says, without the tensors."""
+    keys = ("kind", "matexport", "family", "slice", "source", "target", "form", "tensorrt", "profiles", "files")
+    found = {key: manifest[key] for key in keys if key in manifest}
+    if manifest["kind"] == "engine":
+        found["runs_here"] = "no: this version builds engines and does not run them"
+    if manifest["kind"] == "onnx":
+        found["runs_here"] = _installed("onnxruntime")
+    return found
+
+
+def _installed(package: str) -> str:
+    try:
+        return f"yes: {package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"no: {package} is not installed"
+
+
+def _show(found: dict[str, Any], indent: str = "") -> None:
+    for key, value in found.items():
+        if isinstance(value, dict):
+            click.echo(f"{indent}{printable(str(key))}:")
+            _show(value, indent + "  ")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            parts = (", ".join(f"{k} {v}" for k, v in item.items()) for item in value)
+            click.echo(f"{indent}{key}: " + printable("; ".join(parts)))
+        else:
+            text = human_bytes(value) if key == "bytes" else f"{value:,}" if isinstance(value, int) else str(value)
+            click.echo(f"{indent}{printable(str(key))}: {printable(text)}")

@@ -1,0 +1,78 @@
+"""`matexport slice`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from matexport import api
+from matexport.cli.common import (
+    BYTES,
+    echo_json,
+    echo_table,
+    force_option,
+    format_option,
+    hint,
+    human_bytes,
+    model_option,
+    note,
+    progress_bar,
+    slice_option,
+    table_option,
+)
+
+
+@click.command()
+@model_option
+@table_option
+@slice_option
+@click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="Where to write.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option(
+    "--max-shard-size", callback=BYTES, metavar="SIZE", help="Most bytes of tensors in a file (5GB).  [one file]"
+)
+@click.option("--strict", is_flag=True, help="NaN or infinity in a kept tensor is an error.")
+@force_option
+@format_option
+def command(
+    model: str, table: str | None, row: str | None, output: Path | None, dry_run: bool, max_shard_size: int | None,
+    strict: bool, force: bool, style: str,
+) -> None:  # fmt: skip
+    """Writes one row of a slice table as a standalone checkpoint; without -s, the whole model.
+
+    \b
+    Examples:
+      matexport slice -m checkpoint -s half -o half
+      matexport slice -m checkpoint -s '#3' --dry-run --format json
+    """
+    planned = api.plan(model, row, table=table)
+    plan = planned.plan
+    for text in plan.notes:
+        note(text)
+    if dry_run:
+        if style == "json":
+            echo_json(plan.to_json())
+        else:
+            shapes = [
+                [n, t.dtype, str(list(t.shape)), t.view.source, _ranges(t.view.ranges)] for n, t in plan.tensors.items()
+            ]
+            echo_table(["tensor", "dtype", "shape", "source", "ranges"], shapes, left=5)
+            click.echo(f"{plan.parameters:,} parameters, {human_bytes(plan.nbytes)}")
+        return
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
+    with progress_bar("writing", plan.nbytes) as progress:
+        planned.write(output, max_shard_size=max_shard_size, force=force, strict=strict, progress=progress, warn=note)
+    if style == "json":
+        echo_json(
+            {"output": str(output), "parameters": plan.parameters, "bytes": plan.nbytes, "notes": list(plan.notes)}
+        )
+    else:
+        size = f"{plan.parameters:,} parameters, {human_bytes(plan.nbytes)}"
+        click.echo(f"{output}: {plan.name}, {len(plan.layers)} layers, {size}")
+    hint(f"matexport verify -m {output} --source {model}")
+
+
+def _ranges(ranges: tuple[tuple[tuple[int, int], ...], ...]) -> str:
+    return " x ".join("+".join(f"{start}:{stop}" for start, stop in axis) for axis in ranges)

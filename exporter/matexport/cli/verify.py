@@ -1,0 +1,75 @@
+"""`matexport verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from matexport import api
+from matexport.cli.common import echo_json, format_option, model_option, slice_option, table_option
+from matexport.errors import InputError, MismatchError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@click.command()
+@model_option
+@click.option("--source", required=True, metavar="FOLDER", help="The checkpoint that it was made from.")
+@table_option
+@slice_option
+@click.option(
+    "--inputs", metavar="NPZ", type=click.Path(path_type=Path), help="Inputs by name; random ones by default."
+)
+@click.option("--report", metavar="FILE", type=click.Path(path_type=Path), help="Also write the report as Markdown.")
+@format_option
+def command(
+    model: str, source: str, table: str | None, row: str | None, inputs: Path | None, report: Path | None, style: str
+) -> None:
+    """Proves that an artefact is a slice of its source and computes the same function.
+
+    Every weight must be, bit for bit, the part of the source that the slice says it is. Outputs are
+    compared with the oracle: the source, in fp32, with the slice applied at run time. A checkpoint must
+    equal it bit for bit, an ONNX file within 1e-5 of the largest output. -s is needed only for a
+    checkpoint without a manifest. Exit code 3 if anything differs.
+
+    \b
+    Examples:
+      matexport verify -m half --source checkpoint
+      matexport verify -m half-onnx --source checkpoint --inputs golden.npz --format json
+    """
+    found = api.verify(model, source, slice=row, table=table, inputs=_load(inputs), progress=_say)
+    markdown = found.to_markdown()
+    if report:
+        report.write_text(markdown)
+    if style == "json":
+        echo_json(found.to_json())
+    else:
+        click.echo(markdown)
+    if not found.passed:
+        worst = found.worst
+        assert worst is not None
+        raise MismatchError(
+            f"{worst.kind} of {worst.name!r} fails"
+            + (f": {worst.detail}" if worst.detail else f": max rel {worst.max_rel:.2g}"),
+            where=model,
+            fix="write the artefact again from this source",
+        )
+
+
+def _say(text: str) -> None:
+    click.echo(f"checking {text} ...", err=True)
+
+
+def _load(path: Path | None) -> dict[str, np.ndarray] | None:
+    if path is None:
+        return None
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return dict(data)
+    except (OSError, ValueError) as e:
+        raise InputError(f"is not an .npz file: {e}", where=str(path), fix="write it with numpy.savez") from None

@@ -1,0 +1,95 @@
+"""Families: the nested architectures. This file is the one place that knows them all.
+
+A family is a package with the functions of `Family`; to add one, write the package and name it here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.resources
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from matexport.checkpoint import Checkpoint
+from matexport.errors import CheckpointError
+from matexport.planning import KeptLayer, Plan
+from matexport.slice_table import Row, Table, read_table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from matexport.graph.builder import Graph
+
+FAMILIES = ("matmamba",)
+
+Arrays = Mapping[str, "np.ndarray"]
+Forward = Callable[[Arrays], Arrays]  # inputs by name -> outputs by name
+
+
+class Family(Protocol):
+    """What the package of a family provides. Only `load_oracle` and `load_slice` may import torch."""
+
+    NAME: str
+    COLUMN: str  # the column of a slice table that holds its widths
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint, whole or sliced, is of this family."""
+
+    def packaged_table(self, checkpoint: Checkpoint) -> str | None:
+        """File name of the slice table in `slices/` for a model of this kind and size."""
+
+    def plan_slice(self, checkpoint: Checkpoint, row: Row, trained: Table | None) -> Plan:
+        """Plans one row. Raises TableError, CheckpointError."""
+
+    def custom_code(self) -> dict[str, bytes]:
+        """Python files that go along with a sliced checkpoint, by name."""
+
+    def card(self, plan: Plan) -> dict[str, Any]:
+        """What the model card of a slice says: `pipeline_tag`, `tags`, `usage` (Python code)."""
+
+    def build_graph(self, plan: Plan) -> Graph:
+        """The ONNX graph of a planned slice, in ai.onnx ops."""
+
+    def sample_inputs(self, config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:
+        """Random inputs by name, `count` along the batch axis."""
+
+    def load_oracle(self, checkpoint: Checkpoint, layers: Sequence[KeptLayer]) -> Forward:
+        """The whole source model in fp32, run with the slice applied at run time."""
+
+    def load_slice(self, checkpoint: Checkpoint) -> Forward:
+        """A sliced checkpoint in fp32 in its own class, its weights loaded strictly."""
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family of a checkpoint. Raises CheckpointError if it is of none."""
+    for name in FAMILIES:
+        family = family_named(name)
+        if family.recognises(checkpoint):
+            return family
+    kind = checkpoint.config.get("model_type") or checkpoint.config.get("architectures") or "no model_type"
+    fix = f"the families are: {', '.join(FAMILIES)}"
+    raise CheckpointError(f"is of no family that can be sliced ({kind})", where=str(checkpoint.path), fix=fix)
+
+
+def family_named(name: str) -> Family:
+    """The family called `name` in a plan or manifest. Raises CheckpointError."""
+    if name not in FAMILIES:
+        raise CheckpointError(f"unknown family {name!r}", fix=f"the families are: {', '.join(FAMILIES)}")
+    family: Family = importlib.import_module(f"matexport.families.{name}")
+    return family
+
+
+def table_of(checkpoint: Checkpoint, family: Family) -> Table | None:
+    """The slice table of a model: `slices.csv` beside it, else the packaged one, else None."""
+    beside = checkpoint.path / "slices.csv"
+    if beside.is_file():
+        return read_table(beside)
+    name = family.packaged_table(checkpoint)
+    return read_table(packaged_tables() / name) if name else None
+
+
+def packaged_tables() -> Path:
+    """The folder of the packaged slice tables, in a wheel or in a source tree."""
+    packaged = Path(str(importlib.resources.files("matexport"))) / "slices"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "slices"

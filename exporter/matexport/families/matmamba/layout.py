@@ -1,0 +1,313 @@
+"""MatMamba checkpoints: their sizes, and which part of each tensor a narrower model is.
+
+A mixer is nested in whole heads (MatMamba paper, section 3.1): the narrower model keeps some heads of
+every layer, and of each tensor the rows or columns of those heads. B, C, norms over the residual
+stream and everything outside the mixers stay as they are. Widths in a slice table are in units of
+d_model, as in the authors' `mixnmatch_dims`: a width of `dims` has 2 * dims channels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matexport.checkpoint import Checkpoint, Tensor
+from matexport.errors import CheckpointError, TableError
+from matexport.families.rows import kept_layers, widths_of
+from matexport.planning import KeptLayer, Plan, PlannedTensor, View, blocks, part, whole
+from matexport.slice_table import MAMBA, TITLES, Row, Table
+
+EXPAND = 2  # channels per unit of width; fixed in the authors' code, whatever `expand` says
+PACKAGED = {("vision", 64, 4): "matmamba-digits.csv"}  # (kind, d_model, layers) -> table
+
+# what ssm_cfg may say: passed on, or required to be this because another value is another function
+SSM_KEYS = ("d_state", "d_conv", "ngroups", "chunk_size", "dt_limit")
+SSM_REQUIRED = {
+    "layer": "MatMamba2", "expand": EXPAND, "d_ssm": None, "D_has_hdim": False, "rmsnorm": True,
+    "norm_before_gate": False, "bias": False, "conv_bias": True,
+}  # fmt: skip
+
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """The sizes of one mixer, from its tensors' shapes: heads h, head dim p, groups g, state n, kernel k."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    kernel: int
+
+    @property
+    def width(self) -> int:
+        """The inner width w, in channels."""
+        return self.heads * self.head_dim
+
+    @property
+    def bc(self) -> int:
+        """Channels of B and C together."""
+        return 2 * self.groups * self.state
+
+    def shapes(self, d_model: int) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the mixer and its shape."""
+        w, h, conv = self.width, self.heads, self.width + self.bc
+        return {
+            "in_proj.weight": (2 * w + self.bc + h, d_model),
+            "conv1d.weight": (conv, 1, self.kernel),
+            "conv1d.bias": (conv,),
+            "dt_bias": (h,),
+            "A_log": (h,),
+            "D": (h,),
+            "norm.weight": (w,),
+            "out_proj.weight": (d_model, w),
+        }
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a MatMamba model."""
+
+    d_model: int
+    mixers: tuple[Mixer, ...]
+
+    @property
+    def head_dim(self) -> int:
+        return self.mixers[0].head_dim
+
+
+# ----------------------------------------------------------------------------------------- reading
+def recognises(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint is MatMamba-Vision, whole or sliced."""
+    return {"layers.0.mixer.in_proj.weight", "patch_embed.proj.weight"} <= checkpoint.tensors.keys()
+
+
+def packaged_table(checkpoint: Checkpoint) -> str | None:
+    """The name of the packaged slice table for a model of this kind and size."""
+    model = read_model(checkpoint)
+    return PACKAGED.get(("vision", model.d_model, len(model.mixers)))
+
+
+def read_model(checkpoint: Checkpoint) -> Model:
+    """The sizes of a checkpoint, each tensor's name and shape checked against them.
+
+    Raises:
+        CheckpointError: an option that is another architecture, a tensor that is missing, unknown or of
+            another shape.
+    """
+    config, where = checkpoint.config, str(checkpoint.path)
+    ssm = _ssm_config(checkpoint)
+    for key in ("d_intermediate", "attn_layer_idx"):
+        if config.get(key):
+            raise CheckpointError(
+                f"has {key} = {config[key]!r}", where=where, fix="only pure MatMamba blocks can be sliced"
+            )
+    d_model, n_layer = (_size(checkpoint, key) for key in ("d_model", "n_layer"))
+    mixers = tuple(_mixer(checkpoint, i, ssm) for i in range(n_layer))
+    if len({mixer.head_dim for mixer in mixers}) > 1:
+        raise CheckpointError("has layers of different head dim", where=where, fix="this is not a MatMamba checkpoint")
+    model = Model(d_model, mixers)
+    _check(checkpoint, _expected(config, model, checkpoint))
+    return model
+
+
+def _ssm_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    ssm = checkpoint.config.get("ssm_cfg") or {}
+    where = str(checkpoint.path / "config.json")
+    if not isinstance(ssm, dict):
+        raise CheckpointError("'ssm_cfg' is not an object", where=where, fix="download config.json again")
+    for key, value in SSM_REQUIRED.items():
+        if ssm.get(key, value) != value:
+            raise CheckpointError(f"ssm_cfg {key} = {ssm[key]!r}", where=where, fix=f"only {key} = {value!r} is nested")
+    return ssm
+
+
+def _size(checkpoint: Checkpoint, key: str) -> int:
+    value = checkpoint.config.get(key)
+    if type(value) is not int or not 0 < value <= 1 << 20:
+        raise CheckpointError(
+            f"{key} = {value!r} is no size", where=str(checkpoint.path / "config.json"), fix="correct it"
+        )
+    return value
+
+
+def _mixer(checkpoint: Checkpoint, layer: int, ssm: dict[str, Any]) -> Mixer:
+    prefix = f"layers.{layer}.mixer."
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        tensor = checkpoint.tensors.get(prefix + name)
+        if tensor is None:
+            fix = "config.json says so (n_layer): download both again"
+            raise CheckpointError(f"tensor {prefix + name!r} is missing", where=str(checkpoint.path), fix=fix)
+        if len(tensor.shape) != rank or 0 in tensor.shape:
+            raise _misshapen(tensor, f"{rank} axes")
+        return tensor.shape
+
+    heads, width = shape("A_log", 1)[0], shape("out_proj.weight", 2)[1]
+    conv, _, kernel = shape("conv1d.weight", 3)
+    groups = ssm.get("ngroups", 1)
+    if (
+        type(groups) is not int
+        or groups < 1
+        or heads % groups
+        or width % heads
+        or (conv - width) % (2 * groups)
+        or conv <= width
+    ):
+        what = f"layer {layer}: {heads} heads, {groups} groups, {width} and {conv} channels do not fit together"
+        raise CheckpointError(what, where=str(checkpoint.path), fix="correct ngroups in ssm_cfg")
+    return Mixer(heads, width // heads, groups, (conv - width) // (2 * groups), kernel)
+
+
+def _expected(config: dict[str, Any], model: Model, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the vision model and its shape."""
+    d = model.d_model
+    patch, image, classes = (_size(checkpoint, key) for key in ("patch_size", "image_size", "n_classes"))
+    norm = ["weight"] if config.get("rms_norm") else ["weight", "bias"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embed.proj.weight": (d, 3, patch, patch),
+        "patch_embed.proj.bias": (d,),
+        "cls_token": (1, 1, d),
+        "pos_embed": (1, (image // patch) ** 2 + 1, d),
+        **{f"norm_f.{name}": (d,) for name in norm},
+        "head.weight": (classes, d),
+        "head.bias": (classes,),
+    }
+    for i, mixer in enumerate(model.mixers):
+        shapes |= {f"layers.{i}.norm.{name}": (d,) for name in norm}
+        shapes |= {f"layers.{i}.mixer.{name}": shape for name, shape in mixer.shapes(d).items()}
+    return shapes
+
+
+def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
+    missing, extra = expected.keys() - checkpoint.tensors.keys(), checkpoint.tensors.keys() - expected.keys()
+    if missing or extra:
+        what = f"tensors do not fit config.json: missing {sorted(missing)[:5]}, unknown {sorted(extra)[:5]}"
+        raise CheckpointError(what, where=str(checkpoint.path), fix="download config.json and weights of one revision")
+    for name, shape in expected.items():
+        if checkpoint.tensors[name].shape != shape:
+            raise _misshapen(checkpoint.tensors[name], str(shape))
+
+
+def _misshapen(tensor: Tensor, wanted: str) -> CheckpointError:
+    what = f"tensor {tensor.name!r} has shape {tensor.shape}, {wanted} expected"
+    return CheckpointError(what, where=str(tensor.file), fix="download config.json and weights of one revision")
+
+
+# ----------------------------------------------------------------------------------------- slicing
+def mixer_views(tensors: dict[str, Tensor], mixer: Mixer, heads: Sequence[int]) -> dict[str, View]:
+    """What the mixer of the given heads is, tensor by tensor.
+
+    Args:
+        tensors: the full mixer's tensors by their name inside the mixer.
+        heads: indices of the heads kept, in their new order; equally many of each group, group by group.
+    """
+    w, p = mixer.width, mixer.head_dim
+    rows = [  # of in_proj: z, x, B, C, dt
+        *blocks(heads, p), *blocks(heads, p, w), (2 * w, 2 * w + mixer.bc), *blocks(heads, 1, 2 * w + mixer.bc),
+    ]  # fmt: skip
+    channels = [*blocks(heads, p), (w, w + mixer.bc)]  # of the convolution: x, B, C
+    cuts: dict[str, tuple[int, Iterable[tuple[int, int]]]] = {
+        "in_proj.weight": (0, rows),
+        "conv1d.weight": (0, channels),
+        "conv1d.bias": (0, channels),
+        "dt_bias": (0, blocks(heads)),
+        "A_log": (0, blocks(heads)),
+        "D": (0, blocks(heads)),
+        "norm.weight": (0, blocks(heads, p)),
+        "out_proj.weight": (1, blocks(heads, p)),
+    }
+    return {name: part(tensors[name], axis, ranges) for name, (axis, ranges) in cuts.items()}
+
+
+def leading_heads(mixer: Mixer, count: int) -> list[int]:
+    """The first `count` heads, equally many of each group."""
+    size = mixer.heads // mixer.groups
+    return [group * size + i for group in range(mixer.groups) for i in range(count // mixer.groups)]
+
+
+def plan_slice(checkpoint: Checkpoint, row: Row, trained: Table | None = None) -> Plan:
+    """Plans one row; `trained` is the table of the widths that the model was trained at, for the notes.
+
+    Raises:
+        TableError: a width that is not a whole number of heads, wider than the source, or a wrong list.
+    """
+    model = read_model(checkpoint)
+    kept = kept_layers(row, len(model.mixers))
+    full = tuple(model.mixers[i].width // EXPAND for i in kept)
+    widths = widths_of(row, MAMBA, kept, full)
+    tensors: dict[str, PlannedTensor] = {}
+    mixer_parts: dict[int, dict[str, View]] = {}
+    for index, width in zip(kept, widths, strict=True):
+        mixer = model.mixers[index]
+        _check_width(row, mixer, index, width)
+        prefix = f"layers.{index}.mixer."
+        own = {name: checkpoint.tensors[prefix + name] for name in mixer.shapes(model.d_model)}
+        mixer_parts[index] = mixer_views(own, mixer, leading_heads(mixer, EXPAND * width // mixer.head_dim))
+    for name, tensor in checkpoint.tensors.items():
+        match = _LAYER.fullmatch(name)
+        if match and int(match[1]) not in kept:
+            continue
+        view = whole(tensor)
+        if match:
+            index, rest = int(match[1]), match[2]
+            name = f"layers.{kept.index(index)}.{rest}"
+            view = mixer_parts[index].get(rest.removeprefix("mixer."), view) if rest.startswith("mixer.") else view
+        tensors[name] = PlannedTensor(tensor.dtype, view)
+    heads = [EXPAND * width // model.head_dim for width in widths]
+    count = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    layers = tuple(KeptLayer(index, width) for index, width in zip(kept, widths, strict=True))
+    config = sliced_config(checkpoint.config, heads, model.head_dim)
+    notes = _notes(checkpoint.config, row, full, widths, trained)
+    return Plan("matmamba", row.name, layers, row.skipped, tensors, config, count, notes)
+
+
+def _check_width(row: Row, mixer: Mixer, layer: int, width: int) -> None:
+    step = mixer.head_dim * mixer.groups  # channels of one head in every group
+    if not 0 < EXPAND * width <= mixer.width or EXPAND * width % step:
+        legal = [n * step // EXPAND for n in range(1, mixer.width // step + 1) if n * step % EXPAND == 0]
+        some = ", ".join(map(str, legal if len(legal) <= 8 else [*legal[:3], "...", *legal[-2:]]))
+        heads = f"at most {mixer.heads} of {mixer.head_dim} channels"
+        what = f"width {width} of layer {layer} is not made of whole heads, {heads}"
+        where = f"{row.where or row.name}, column {TITLES[MAMBA]!r}"
+        raise TableError(what, where=where, fix=f"legal widths: {some}")
+
+
+def sliced_config(source: dict[str, Any], heads: list[int], head_dim: int) -> dict[str, Any]:
+    """The source's config.json with what the slice changes, and the names of its class."""
+    code = "modeling_matmamba"
+    return {
+        **source,
+        "n_layer": len(heads),
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "ssm_cfg": {key: value for key, value in (source.get("ssm_cfg") or {}).items() if key in SSM_KEYS},
+        "model_type": "matmamba_vision",
+        "architectures": ["MatMambaVisionForImageClassification"],
+        "auto_map": {
+            "AutoConfig": f"{code}.MatMambaVisionConfig",
+            "AutoModelForImageClassification": f"{code}.MatMambaVisionForImageClassification",
+        },
+    }
+
+
+def _notes(
+    config: dict[str, Any], row: Row, full: tuple[int, ...], widths: tuple[int, ...], trained: Table | None
+) -> tuple[str, ...]:
+    notes = []
+    if "auto_map" in config and config.get("model_type") != "matmamba_vision":
+        notes.append("the source's config.json names custom code (auto_map): it was neither run nor copied")
+    known = set(full)
+    for other in trained.rows if trained else ():
+        if not other.skipped and other.mamba is not None and other.mamba.uniform is not None:
+            known.add(other.mamba.uniform)
+    unknown = sorted(set(widths) - known)
+    if trained and unknown:
+        notes.append(f"widths {unknown} were not trained (trained: {sorted(known)})")
+    if row.skipped:
+        notes.append(f"MatMamba is trained at full depth: skipping {list(row.skipped)} costs quality")
+    return tuple(notes)

@@ -1,0 +1,132 @@
+"""A small builder over onnx-ir: nodes with readable names, weights as references to planned tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from matexport.planning import PlannedTensor
+
+OPSET, IR_VERSION = 21, 10  # the newest that onnxruntime 1.20 loads
+
+DTYPES = {
+    "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F64": ir.DataType.DOUBLE,
+    "I64": ir.DataType.INT64, "I32": ir.DataType.INT32, "BOOL": ir.DataType.BOOL,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One initializer: a planned tensor, stored transposed if `transposed` (two axes only)."""
+
+    value: ir.Value
+    tensor: PlannedTensor
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
+
+
+class Graph:
+    """An ONNX graph that is being written down. Values are onnx-ir's; nothing here holds a weight.
+
+    Names follow `/scope/scope/Op`; the outputs of a node are named after it.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self.nodes: list[ir.Node] = []
+        self.weights: dict[str, Weight] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._scope: list[str] = []
+        self._used: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Puts `name` into the names of the nodes made in this block."""
+        self._scope.append(name)
+        yield
+        self._scope.pop()
+
+    def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> ir.Value:
+        """A graph input; a string in `shape` is a dynamic axis of that name."""
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(DTYPES[dtype]))
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: str, shape: Sequence[int | str]) -> None:
+        """Declares a value to be a graph output, under a name of its own."""
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(DTYPES[dtype])
+        self.outputs.append(value)
+
+    def weight(self, name: str, tensor: PlannedTensor, *, transposed: bool = False) -> ir.Value:
+        """A weight by its name in the slice. Asking twice for the same one gives the same value."""
+        if name not in self.weights:
+            value = ir.Value(name=name, type=ir.TensorType(DTYPES[tensor.dtype]))
+            self.weights[name] = Weight(value, tensor, transposed)
+            value.shape = ir.Shape(self.weights[name].shape)
+        return self.weights[name].value
+
+    def constant(self, array: Any, dtype: str = "I64") -> ir.Value:
+        """A small constant, kept in the graph itself; equal ones are one."""
+        data: np.ndarray = np.asarray(array, {"I64": np.int64, "F32": np.float32, "BOOL": np.bool_}[dtype])
+        key = (dtype, data.shape, data.tobytes())
+        if key not in self._constants:
+            text = (
+                np.array2string(data, separator=",", threshold=8).replace(" ", "")
+                if data.size <= 8
+                else str(data.shape)
+            )
+            name = self._unique(f"/const/{dtype.lower()}/{text}")
+            self._constants[key] = ir.Value(
+                name=name,
+                shape=ir.Shape(data.shape),
+                type=ir.TensorType(DTYPES[dtype]),
+                const_value=ir.tensor(data, name=name),
+            )
+        return self._constants[key]
+
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """Adds a node and returns its one output."""
+        return self.ops(op_type, *inputs, outputs=1, **attributes)[0]
+
+    def ops(self, op_type: str, *inputs: ir.Value | None, outputs: int, **attributes: Any) -> tuple[ir.Value, ...]:
+        """Adds a node and returns all its outputs."""
+        name = self._unique("/" + "/".join([*self._scope, op_type]))
+        node = ir.node(op_type, list(inputs), attributes, num_outputs=outputs, name=name)
+        self.nodes.append(node)
+        for i, value in enumerate(node.outputs):
+            value.name = f"{name}_output_{i}"
+        return tuple(node.outputs)
+
+    def _unique(self, name: str) -> str:
+        self._used[name] += 1
+        return name if self._used[name] == 1 else f"{name}_{self._used[name] - 1}"
+
+    def to_model(self, *, producer_version: str, metadata: dict[str, str]) -> ir.Model:
+        """The finished model; the weights' tensors are to be set by whoever stores them."""
+        initializers = [*(weight.value for weight in self.weights.values()), *self._constants.values()]
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self.nodes,
+            initializers=initializers,
+            opset_imports={"": OPSET},
+            name=self.name,
+        )
+        return ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="matexport",
+            producer_version=producer_version,
+            metadata_props=metadata,
+        )

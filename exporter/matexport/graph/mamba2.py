@@ -1,0 +1,97 @@
+"""The ops of a Mamba-2 mixer in ai.onnx operators alone, for a fixed length and any batch size.
+
+Shapes: b batch, T length, c chunks, q chunk length, h heads, g groups, n state, p head dim, w = h * p.
+Equations: SSD paper (arXiv 2405.21060), section 6 and listing 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from matexport.graph.builder import Graph
+
+CHUNK = 64
+
+
+def silu(g: Graph, x: ir.Value) -> ir.Value:
+    """x * sigmoid(x)."""
+    return g.op("Mul", x, g.op("Sigmoid", x))
+
+
+def causal_conv1d(g: Graph, x: ir.Value, weight: ir.Value, bias: ir.Value, channels: int, kernel: int) -> ir.Value:
+    """Depthwise causal convolution and SiLU: x (b, T, channels), weight (channels, 1, kernel) -> (b, T, channels)."""
+    x = g.op("Transpose", x, perm=[0, 2, 1])
+    x = g.op("Conv", x, weight, bias, group=channels, kernel_shape=[kernel], pads=[kernel - 1, 0])
+    return g.op("Transpose", silu(g, x), perm=[0, 2, 1])
+
+
+def scan(
+    g: Graph, x: ir.Value, dt: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value,
+    *, length: int, heads: int, head_dim: int, groups: int, state: int, chunk: int = CHUNK,
+) -> ir.Value:  # fmt: skip
+    """The Mamba-2 scan from a zero state, by chunks of matrix products.
+
+    Args:
+        x: (b, T, w); dt: (b, T, h) after softplus; A, D: (h); B, C: (b, T, g * n).
+    Returns:
+        y (b, T, w).
+    """
+    q = min(chunk, length)
+    c = -(-length // q)
+    i64 = g.constant
+
+    def reshape(v: ir.Value, *shape: int) -> ir.Value:
+        return g.op("Reshape", v, i64(shape))
+
+    def axis(v: ir.Value, at: int) -> ir.Value:
+        return g.op("Unsqueeze", v, i64([at]))
+
+    def full_chunks(v: ir.Value) -> ir.Value:  # steps with dt = 0 at the end change nothing
+        tail = c * q - length
+        return g.op("Pad", v, i64([0, 0, 0, 0, tail, 0])) if tail else v
+
+    def chunked(v: ir.Value, parts: int, size: int) -> ir.Value:  # (b, T, parts * size) -> (b, parts, c, q, size)
+        v = g.op("Transpose", reshape(full_chunks(v), 0, c * q, parts, size), perm=[0, 2, 1, 3])
+        return reshape(v, 0, parts, c, q, size)
+
+    def per_head(v: ir.Value) -> ir.Value:  # (b, g, ...) -> (b, h, ...), or what broadcasts to it
+        return (
+            v if groups in (1, heads) else g.op("Gather", v, i64(np.repeat(np.arange(groups), heads // groups)), axis=1)
+        )
+
+    by_head = reshape(x, 0, 0, heads, head_dim)
+    scaled = reshape(g.op("Mul", by_head, axis(dt, -1)), 0, 0, heads * head_dim)
+    X = chunked(scaled, heads, head_dim)  # b h c q p
+    B, C = chunked(B, groups, state), chunked(C, groups, state)  # b g c q n
+    log_decay = reshape(g.op("Transpose", full_chunks(g.op("Mul", dt, A)), perm=[0, 2, 1]), 0, heads, c, q)
+    a = g.op("CumSum", log_decay, i64(3))  # (b, h, c, q), <= 0 since the chunk began
+
+    # inside each chunk: sum over j <= i of (C_i . B_j) exp(a_i - a_j) dt_j x_j; masked before exp
+    causal = g.constant(np.tril(np.ones((q, q), bool)), "BOOL")
+    decay = g.op("Where", causal, g.op("Sub", axis(a, 4), axis(a, 3)), g.constant(-math.inf, "F32"))
+    Bt = g.op("Transpose", B, perm=[0, 1, 2, 4, 3])  # b g c n q
+    scores = per_head(g.op("MatMul", C, Bt))  # b h c q q
+    y = g.op("MatMul", g.op("Mul", scores, g.op("Exp", decay)), X)  # b h c q p
+
+    if c > 1:
+        last = g.op("Slice", a, i64([q - 1]), i64([q]), i64([3]))  # (b, h, c, 1)
+        # what each chunk adds to the state by its end: (b, h, c, n * p)
+        to_end = axis(g.op("Exp", g.op("Sub", last, a)), 4)
+        added = reshape(g.op("MatMul", per_head(Bt), g.op("Mul", X, to_end)), 0, 0, 0, state * head_dim)
+        # the state before chunk i: sum over j < i of exp(decay from the end of j to the start of i) added_j
+        total = g.op("Squeeze", last, i64([3]))  # (b, h, c)
+        ends = g.op("CumSum", total, i64(2))
+        starts = g.op("Sub", ends, total)
+        before = g.constant(np.tril(np.ones((c, c), bool), -1), "BOOL")
+        between = g.op("Where", before, g.op("Sub", axis(starts, 3), axis(ends, 2)), g.constant(-math.inf, "F32"))
+        states = reshape(g.op("MatMul", g.op("Exp", between), added), 0, 0, 0, state, head_dim)
+        y = g.op("Add", y, g.op("Mul", g.op("MatMul", per_head(C), states), axis(g.op("Exp", a), 4)))
+
+    y = g.op("Transpose", reshape(y, 0, heads, c * q, head_dim), perm=[0, 2, 1, 3])
+    if c * q > length:
+        y = g.op("Slice", y, i64([0]), i64([length]), i64([1]))
+    y = g.op("Add", y, g.op("Mul", by_head, axis(D, -1)))
+    return reshape(y, 0, 0, heads * head_dim)

@@ -1,0 +1,97 @@
+"""The manifest `matexport.json` beside every artefact: what it is, of what it was made, and digests.
+
+It holds no time and no path, so that the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from matexport.checkpoint import Checkpoint, read_json
+from matexport.errors import InputError
+from matexport.planning import Plan, PlannedTensor
+from matexport.version import __version__
+
+FILE = "matexport.json"
+MAX_MANIFEST = 64 << 20
+
+
+def describe_slice(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The part of a manifest that every artefact of a slice shares: family, row, layers and source."""
+    return {
+        "matexport": __version__,
+        "family": plan.family,
+        "slice": {
+            "name": plan.name,
+            "layers": [{"source": layer.source, "width": layer.width} for layer in plan.layers],
+            "skipped": list(plan.skipped),
+            "parameters": plan.parameters,
+            "notes": list(plan.notes),
+        },
+        "source": describe_source(checkpoint),
+    }
+
+
+def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What identifies a source without reading its weights: sizes, and digests of config and headers."""
+    return {
+        "name": checkpoint.path.resolve().name,
+        "config_sha256": file_digest(checkpoint.path / "config.json"),
+        "files": {
+            file.name: {"bytes": file.stat().st_size, "header_sha256": _header_digest(file)}
+            for file in checkpoint.files
+        },
+    }
+
+
+def _header_digest(file: Path) -> str:
+    with file.open("rb") as f:
+        length = f.read(8)
+        return hashlib.sha256(length + f.read(int.from_bytes(length, "little"))).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and digest, as `files` of a manifest lists them."""
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as we write it: indented, keys in the order given, a newline at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def manifest_path(artefact: Path) -> Path:
+    """Where the manifest of an artefact is: in its folder, or beside a single file."""
+    return artefact.with_name(artefact.name + ".json") if artefact.suffix == ".onnx" else artefact / FILE
+
+
+def read_manifest(artefact: Path) -> dict[str, Any]:
+    """The manifest of an artefact.
+
+    Raises:
+        InputError: there is none, or it is not one of ours.
+    """
+    path = manifest_path(artefact)
+    if not path.is_file():
+        raise InputError(f"has no manifest ({path.name})", where=str(artefact), fix="give what matexport wrote")
+    manifest = read_json(path, MAX_MANIFEST)
+    if not isinstance(manifest.get("kind"), str) or not isinstance(manifest.get("files"), dict):
+        raise InputError("is not a manifest of matexport", where=str(path), fix="write the artefact again")
+    return manifest
+
+
+def kept_tensors(manifest: dict[str, Any], key: str, where: str) -> dict[str, PlannedTensor]:
+    """The views that a manifest records under `key`. Raises InputError."""
+    try:
+        return {name: PlannedTensor.from_json(entry) for name, entry in manifest[key].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(f"'{key}' cannot be read: {e!r}", where=where, fix="write the artefact again") from None

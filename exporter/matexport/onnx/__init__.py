@@ -1,0 +1,5 @@
+"""Plans and graphs to ONNX files."""
+
+from matexport.onnx.export import write_onnx
+
+__all__ = ["write_onnx"]

@@ -1,0 +1,80 @@
+"""One comparison of two arrays, and what each kind of comparison tolerates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# kind -> largest max|got - want| / max|want| that passes; 0 means equal bit for bit
+TOLERANCES = {
+    "digest": 0.0,  # a file is the one that was written
+    "provenance": 0.0,  # only views were taken
+    "checkpoint": 0.0,  # same module, same weights: the same operations in the same order
+    "onnx": 1e-5,  # fp32 in another order of summation: about 100 units in the last place
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of one comparison; numbers that do not apply are None.
+
+    Attributes:
+        name: tensor, output or file.
+        max_abs: max|got - want|.
+        max_rel: max|got - want| / max|want|.
+        cosine: of the two arrays as vectors.
+        top1: share of rows along the last axis with the same largest element.
+        kl: mean Kullback-Leibler divergence of softmax(got) from softmax(want), in nats.
+        detail: why it failed, where the numbers do not say it.
+    """
+
+    name: str
+    kind: str
+    passed: bool
+    tolerance: float
+    max_abs: float | None = None
+    max_rel: float | None = None
+    cosine: float | None = None
+    top1: float | None = None
+    kl: float | None = None
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        keys = ("name", "kind", "max_abs", "max_rel", "cosine", "top1", "kl", "tolerance", "passed")
+        return {**{key: getattr(self, key) for key in keys}, **({"detail": self.detail} if self.detail else {})}
+
+    @property
+    def badness(self) -> float:
+        """For finding the worst: failures by their relative error, those without one first."""
+        return -1.0 if self.passed else math.inf if self.max_rel is None else self.max_rel
+
+
+def compare(name: str, kind: str, got: np.ndarray, want: np.ndarray) -> Comparison:
+    """Compares an output with the truth. What is not finite, or of another shape, never passes."""
+    tolerance = TOLERANCES[kind]
+    if got.shape != want.shape:
+        return Comparison(name, kind, False, tolerance, detail=f"shape {got.shape}, {want.shape} expected")
+    a, b = got.astype(np.float64), want.astype(np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return Comparison(name, kind, False, tolerance, detail="not finite")
+    if not a.size:
+        return Comparison(name, kind, False, tolerance, detail="empty")
+    max_abs, scale = float(np.abs(a - b).max()), float(np.abs(b).max())
+    max_rel = max_abs / scale if scale else (0.0 if max_abs == 0 else math.inf)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = float((a * b).sum()) / norms if norms else None
+    passed = bool(np.array_equal(got, want)) if tolerance == 0 else max_rel <= tolerance
+    top1 = kl = None
+    if a.ndim >= 2:
+        top1 = float((a.argmax(-1) == b.argmax(-1)).mean())
+        log_a, log_b = _log_softmax(a), _log_softmax(b)
+        kl = float((np.exp(log_b) * (log_b - log_a)).sum(-1).mean())
+    return Comparison(name, kind, passed, tolerance, max_abs, max_rel, cosine, top1, kl)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))

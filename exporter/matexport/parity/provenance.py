@@ -1,0 +1,77 @@
+"""Proof that stored tensors are views of a source: every byte compared, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matexport.checkpoint import Checkpoint, numpy_dtype
+from matexport.manifest import file_digest
+from matexport.parity.comparison import Comparison
+from matexport.planning import PlannedTensor
+from matexport.streaming import stream, stream_transposed
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: what it says it is, and where its bytes are."""
+
+    tensor: PlannedTensor
+    file: Path
+    start: int
+    transposed: bool = False
+
+
+def prove_tensor(name: str, stored: Stored, planned: PlannedTensor | None, source: Checkpoint) -> Comparison:
+    """Whether a stored tensor is, bit for bit, the part of the source that the plan says it is."""
+    if planned is None:
+        return Comparison(name, "provenance", False, 0.0, detail="is not part of this slice")
+    if (stored.tensor.dtype, stored.tensor.shape) != (planned.dtype, planned.shape):
+        what = f"{stored.tensor.dtype} {stored.tensor.shape}, {planned.dtype} {planned.shape} expected"
+        return Comparison(name, "provenance", False, 0.0, detail=what)
+    if stored.tensor.view != planned.view:
+        return Comparison(name, "provenance", False, 0.0, detail="the manifest records another view")
+    view = planned.view
+    blocks = stream_transposed(source, view) if stored.transposed else stream(source, view)
+    max_abs, scale, equal = 0.0, 0.0, True
+    for got, want in _pairs(stored, blocks):
+        if len(got) != len(want):
+            return Comparison(name, "provenance", False, 0.0, detail="the file ends early")
+        if got.tobytes() != want.tobytes():
+            equal = False
+            with np.errstate(all="ignore"):
+                difference = np.abs(got.astype(np.float64) - want.astype(np.float64))
+                max_abs = max(max_abs, float(np.nan_to_num(difference, nan=0.0, posinf=np.finfo(np.float64).max).max()))
+                scale = max(scale, float(np.nan_to_num(np.abs(want.astype(np.float64))).max()))
+    if equal:
+        return Comparison(name, "provenance", True, 0.0, 0.0, 0.0)
+    return Comparison(
+        name, "provenance", False, 0.0, max_abs, max_abs / scale if scale else None, detail="bytes differ"
+    )
+
+
+def _pairs(stored: Stored, blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    dtype = numpy_dtype(stored.tensor.dtype)
+    with stored.file.open("rb") as f:
+        f.seek(stored.start)
+        for want in blocks:
+            data = f.read(want.nbytes)
+            yield np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype), want
+
+
+def prove_files(folder: Path, manifest: dict[str, Any]) -> list[Comparison]:
+    """Whether the files of an artefact are those that were written, by their SHA-256."""
+    found = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            found.append(Comparison(name, "digest", False, 0.0, detail="the file is missing"))
+        elif path.stat().st_size != entry.get("bytes") or file_digest(path) != entry.get("sha256"):
+            found.append(Comparison(name, "digest", False, 0.0, detail="was changed after it was written"))
+        else:
+            found.append(Comparison(name, "digest", True, 0.0))
+    return found

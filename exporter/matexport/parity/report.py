@@ -1,0 +1,67 @@
+"""The outcome of `verify`: for people in Markdown, for machines in JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from matexport.errors import printable
+from matexport.parity.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Report:
+    """All comparisons of one artefact with its source."""
+
+    artefact: str
+    source: str
+    slice_name: str
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True if there was something to compare and every comparison passed."""
+        return bool(self.comparisons) and all(comparison.passed for comparison in self.comparisons)
+
+    @property
+    def worst(self) -> Comparison | None:
+        """The failed comparison with the largest relative error, or None."""
+        failed = [comparison for comparison in self.comparisons if not comparison.passed]
+        return max(failed, key=lambda comparison: comparison.badness, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "artefact": self.artefact,
+            "source": self.source,
+            "slice": self.slice_name,
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+        }
+
+    def to_markdown(self) -> str:
+        """A report with one line for each output, and one for all tensors or files that agree."""
+        verdict = "passed" if self.passed else "FAILED"
+        lines = [
+            f"# Parity of `{printable(self.artefact)}`: {verdict}",
+            "",
+            f"Slice `{printable(self.slice_name)}` of `{printable(self.source)}`.",
+            "",
+            "| comparison | kind | max abs | max rel | cosine | top-1 | KL | tolerance | |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for kind in ("provenance", "digest"):
+            good = [c for c in self.comparisons if c.kind == kind and c.passed]
+            if good:
+                what = "tensors" if kind == "provenance" else "files"
+                lines.append(f"| {len(good)} {what} | {kind} | | | | | | bitwise | ok |")
+        for c in self.comparisons:
+            if c.kind not in ("provenance", "digest") or not c.passed:
+                numbers = " | ".join(_short(v) for v in (c.max_abs, c.max_rel, c.cosine, c.top1, c.kl))
+                tolerance = "bitwise" if c.tolerance == 0 else f"{c.tolerance:g}"
+                outcome = "ok" if c.passed else f"**FAILED** {printable(c.detail)}"
+                lines.append(f"| {printable(c.name)} | {c.kind} | {numbers} | {tolerance} | {outcome} |")
+        return "\n".join([*lines, ""])
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}" if 0.1 <= abs(value) <= 1 else f"{value:.2g}"

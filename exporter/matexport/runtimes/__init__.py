@@ -1,0 +1,1 @@
+"""Runtimes: each module runs one kind of artefact behind the same call, inputs by name to outputs by name."""

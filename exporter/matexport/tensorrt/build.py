@@ -1,0 +1,152 @@
+"""ONNX folder to engine folder. The library runs in a child process: it may abort, and that is only a message."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from matexport.errors import InputError, MatexportError, MissingError
+from matexport.manifest import FILE, describe_file, json_bytes, read_manifest
+from matexport.targets import Target
+from matexport.version import __version__
+from matexport.writer import staged_folder
+
+ENGINE = "model.engine"
+TIMEOUT = 3600  # seconds
+
+Profile = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # min, opt and max shape of one input
+
+
+def build_engine(
+    onnx: Path, output: Path, *, target: Target, shapes: Mapping[str, Profile], force: bool = False
+) -> dict[str, Any]:
+    """Builds an engine from an ONNX folder that matexport wrote, and returns the engine's manifest.
+
+    Args:
+        shapes: profiles by input; a dynamic batch axis runs from 1 to 64, best at 8, where none is given.
+
+    Raises:
+        InputError: not an ONNX folder of ours, or one that the builder refuses (with its message).
+        MissingError: the target's library or its GPU is not here.
+    """
+    source = read_manifest(onnx)
+    if source["kind"] != "onnx":
+        fix = "export it first: matexport onnx"
+        raise InputError(f"is of kind {source['kind']!r}, not ONNX", where=str(onnx), fix=fix)
+    if target.name == "tensorrt":
+        require_tensorrt()
+    model = onnx if onnx.is_file() else onnx / "model.onnx"
+    profiles = {name: default_profile(shape) for name, shape in input_shapes(model).items()}
+    unknown = sorted(shapes.keys() - profiles.keys())
+    if unknown:
+        raise InputError(f"has no input {unknown[0]!r}", where=str(onnx), fix=f"its inputs are {', '.join(profiles)}")
+    profiles.update(shapes)
+    with staged_folder(output, force=force, inputs=[onnx]) as folder:
+        job = {"model": str(model.resolve()), "engine": str(folder / ENGINE), "profiles": profiles}
+        built = run_builder(job, onnx)
+        manifest = {
+            "kind": "engine",
+            "matexport": __version__,
+            **{key: source[key] for key in ("family", "slice", "source")},
+            "target": target.name,
+            "form": source["form"],
+            "tensorrt": {"flavour": built["flavour"], "version": built["version"]},
+            "profiles": {
+                name: dict(zip(("min", "opt", "max"), shape, strict=True)) for name, shape in profiles.items()
+            },
+            "onnx": source["files"][model.name],
+            "files": {ENGINE: describe_file(folder / ENGINE)},
+        }
+        (folder / FILE).write_bytes(json_bytes(manifest))
+    return manifest
+
+
+def input_shapes(model: Path) -> dict[str, tuple[int | str, ...]]:
+    """The shape of every input of an ONNX file; dynamic axes are names."""
+    import onnx
+
+    graph = onnx.load(model, load_external_data=False).graph
+    return {
+        value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim) for value in graph.input
+    }
+
+
+def default_profile(shape: tuple[int | str, ...]) -> Profile:
+    """Every dynamic axis from 1 to 64, best at 8."""
+    low, best, high = (tuple(n if isinstance(n, int) else size for n in shape) for size in (1, 8, 64))
+    return low, best, high
+
+
+def require_tensorrt() -> None:
+    """Raises MissingError unless TensorRT and a GPU are here, naming what is missing."""
+    if importlib.util.find_spec("tensorrt") is None:
+        fix = "install TensorRT on the machine with the GPU, or use --target rtx, which needs neither"
+        raise MissingError("target 'tensorrt' needs the package tensorrt, which is not installed", fix=fix)
+    if not has_gpu():
+        fix = "build on the machine with the GPU, or use --target rtx, which needs none"
+        raise MissingError("target 'tensorrt' needs an NVIDIA GPU, and there is none here", fix=fix)
+    raise MissingError("target 'tensorrt' is not supported by this version", fix="use --target rtx")
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU and its driver are here."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+# ------------------------------------------------------------------------------------ the child process
+@contextlib.contextmanager
+def rtx_environment() -> Iterator[dict[str, str]]:
+    """The environment in which TensorRT-RTX works.
+
+    Its parser opens `libtensorrt_rtx.so`, of which the wheel ships only `...so.1`; a symlink must be on
+    LD_LIBRARY_PATH before the process starts, or it aborts.
+    """
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    libraries = [path for folder in folders for path in Path(folder).glob("libtensorrt_rtx.so.*")]
+    if not libraries:
+        raise MissingError("TensorRT-RTX is not installed", fix="pip install 'matexport[rtx]'")
+    with tempfile.TemporaryDirectory() as links:
+        Path(links, "libtensorrt_rtx.so").symlink_to(libraries[0])
+        path = os.pathsep.join(filter(None, [links, os.environ.get("LD_LIBRARY_PATH")]))
+        yield {**os.environ, "LD_LIBRARY_PATH": path}
+
+
+def run_builder(job: dict[str, Any], onnx: Path) -> dict[str, Any]:
+    """Runs `rtx_child.py` on a job and returns its result. Raises InputError with the builder's own message."""
+    child = Path(__file__).with_name("rtx_child.py")
+    with rtx_environment() as environment, tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        try:
+            done = subprocess.run(
+                [sys.executable, str(child), json.dumps({**job, "result": str(result)})],
+                env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise MatexportError(
+                "the build did not end in an hour", where=str(onnx), fix="use a smaller model"
+            ) from None
+        if done.returncode < 0:
+            name = signal.Signals(-done.returncode).name
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise InputError(f"the builder died with {name}: {last[0]}", where=str(onnx), fix="report this as a bug")
+        if not result.exists():
+            raise MatexportError(
+                f"the builder failed: {done.stderr.strip()[-400:]}", where=str(onnx), fix="report this as a bug"
+            )
+        answer: dict[str, Any] = json.loads(result.read_text())
+    if not answer["ok"]:
+        first = (answer["messages"] or ["no message"])[0]
+        raise InputError(
+            f"TensorRT-RTX refuses the model: {first}", where=str(onnx), fix="see docs/tensorrt.md for what builds"
+        )
+    return answer

@@ -1,0 +1,1 @@
+"""CausalConv1d: depthwise causal convolution and SiLU. See README.md for equations, shapes and states."""
