@@ -9,7 +9,7 @@ class MatexportError(Exception):
     """What went wrong, where (file, row, column, tensor) and how to fix it.
 
     Attributes:
-        exit_code: what the command line exits with (design: 0 ok, 1 unexpected, 2 usage, 3 mismatch,
+        exit_code: what the command line exits with (0 ok, 1 unexpected or I/O, 2 usage, 3 mismatch,
             4 bad input, 5 missing dependency or hardware, 130 interrupted).
     """
 
@@ -57,9 +57,9 @@ class MissingError(MatexportError):
 
 
 class OutputError(MatexportError):
-    """An output that cannot be written."""
+    """An output that the file system refuses: full, read-only, failing."""
 
-    exit_code = 4
+    exit_code = 1
 
 
 def printable(text: str) -> str:

@@ -62,6 +62,7 @@ class View:
         """The part of this view from `start` to `stop` along `axis` of its result (result axes = view axes)."""
         if self.taken != self.shape:
             raise ValueError(f"{self.source}: a reshaped result cannot be restricted by axis")
+        axis %= len(self.shape)
         ranges = list(self.ranges)
         ranges[axis] = _through(self.ranges[axis], ((start, stop),))
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from matexport.dims import MAX_CELL, Dims, parse_dims
 from matexport.errors import TableError
@@ -225,13 +226,14 @@ def format_table(rows: Sequence[Row]) -> str:
         (SKIPPED, lambda r: "" if not r.skipped else str(list(r.skipped))),
     ]
     used = [(key, text) for key, text in known if any(text(row) for row in rows)]
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
+    lines: list[str] = []
+    # the csv module quotes what its line end contains: this way \r and \n inside cells are both quoted
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
     writer.writerow([TITLES[NAME], *(TITLES[key] for key, _ in used), *metrics])
     for row in rows:
         cells = [_covered(row.metrics.get(title, "")) for title in metrics]
         writer.writerow([_covered(row.name), *(text(row) for _, text in used), *cells])
-    return out.getvalue()
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
 
 
 _FORMULA = "=+-@\t\r'"  # what a spreadsheet would run, and the quote that stops it

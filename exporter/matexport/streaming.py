@@ -51,13 +51,14 @@ def read(checkpoint: Checkpoint, view: View) -> np.ndarray:
 def stream_transposed(checkpoint: Checkpoint, view: View, *, block: int = 4 * BLOCK) -> Iterator[np.ndarray]:
     """Yields the transpose of a two-dimensional view, in C order, as flat arrays of about `block` bytes each."""
     rows, columns = view.shape
-    if view.taken != view.shape:
-        view = replace(view, shape=view.taken)
+    view = replace(view, shape=view.taken)
+    if view.shape[-1] != columns:
+        raise ValueError(f"{view.source}: the last axis is a flattened one")
     itemsize = numpy_dtype(checkpoint.tensors[view.source].dtype).itemsize
     step = max(1, block // (rows * itemsize))
     for start in range(0, columns, step):
-        strip = read(checkpoint, view.restrict(1, start, min(columns, start + step)))
-        yield np.ascontiguousarray(strip.T).reshape(-1)
+        strip = read(checkpoint, view.restrict(-1, start, min(columns, start + step)))
+        yield np.ascontiguousarray(strip.reshape(rows, -1).T).reshape(-1)
 
 
 def _layout(view: View) -> tuple[list[tuple[int, int]], np.ndarray, int]:
