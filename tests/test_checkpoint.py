@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from support import matexport, vision_checkpoint, vision_config, vision_tensors, write_checkpoint
 
 from matexport.checkpoint import open_checkpoint, parse_json, read_header
 from matexport.errors import CheckpointError
 from matexport.families import family_of
+from support import matexport, vision_checkpoint, vision_config, vision_tensors, write_checkpoint
 
 ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((4,), ml_dtypes.bfloat16)}
 

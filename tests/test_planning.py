@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import DIGITS
 
 import matexport as mx
 from matexport.errors import InputError
 from matexport.planning import Plan, View, blocks, compose, merge
+from support import DIGITS
 
 
 @st.composite

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from support import content, matexport, vision_checkpoint, vision_config, vision_tensors, write_checkpoint
 
 import matexport as mx
 from matexport.checkpoint import open_checkpoint
@@ -24,6 +23,7 @@ from matexport.dims import Dims
 from matexport.errors import CheckpointError, OutputError, UsageError
 from matexport.slice_table import Row
 from matexport.writer import staged_folder
+from support import content, matexport, vision_checkpoint, vision_config, vision_tensors, write_checkpoint
 
 ROW = Row("mixed", skipped=(1,), mamba=Dims(head=(32, 5)))
 

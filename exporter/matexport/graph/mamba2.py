@@ -28,6 +28,24 @@ def causal_conv1d(g: Graph, x: ir.Value, weight: ir.Value, bias: ir.Value, chann
     return g.op("Transpose", silu(g, x), perm=[0, 2, 1])
 
 
+def segment_sums(g: Graph, v: ir.Value, *, exclusive: bool = False) -> ir.Value:
+    """s_ij = v_j+1 + ... + v_i (without v_i if `exclusive`) along the last axis of v, for j <= i.
+
+    A difference of two cumulative sums would cancel: its error grows with the sums, not with s_ij. So v
+    is split into a multiple of 1/256, whose sums are exact in fp32 up to 2^16, and a small rest.
+    """
+    grid = g.constant(256.0, "F32")
+    coarse = g.op("Div", g.op("Round", g.op("Mul", v, grid)), grid)
+    parts = []
+    for part in (coarse, g.op("Sub", v, coarse)):
+        columns = g.op("CumSum", part, g.constant(-1))
+        rows = g.op("CumSum", part, g.constant(-1), exclusive=1) if exclusive else columns
+        parts.append(
+            g.op("Sub", g.op("Unsqueeze", rows, g.constant([-1])), g.op("Unsqueeze", columns, g.constant([-2])))
+        )
+    return g.op("Add", *parts)
+
+
 def scan(
     g: Graph, x: ir.Value, dt: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value,
     *, length: int, heads: int, head_dim: int, groups: int, state: int, chunk: int = CHUNK,
@@ -66,29 +84,27 @@ def scan(
     scaled = reshape(g.op("Mul", by_head, axis(dt, -1)), 0, 0, heads * head_dim)
     X = chunked(scaled, heads, head_dim)  # b h c q p
     B, C = chunked(B, groups, state), chunked(C, groups, state)  # b g c q n
-    log_decay = reshape(g.op("Transpose", full_chunks(g.op("Mul", dt, A)), perm=[0, 2, 1]), 0, heads, c, q)
-    a = g.op("CumSum", log_decay, i64(3))  # (b, h, c, q), <= 0 since the chunk began
+    a = reshape(g.op("Transpose", full_chunks(g.op("Mul", dt, A)), perm=[0, 2, 1]), 0, heads, c, q)  # log decay, <= 0
 
-    # inside each chunk: sum over j <= i of (C_i . B_j) exp(a_i - a_j) dt_j x_j; masked before exp
+    # inside each chunk: sum over j <= i of (C_i . B_j) exp(a_j+1 + ... + a_i) dt_j x_j; masked before exp
     causal = g.constant(np.tril(np.ones((q, q), bool)), "BOOL")
-    decay = g.op("Where", causal, g.op("Sub", axis(a, 4), axis(a, 3)), g.constant(-math.inf, "F32"))
+    decay = g.op("Exp", g.op("Where", causal, segment_sums(g, a), g.constant(-math.inf, "F32")))
     Bt = g.op("Transpose", B, perm=[0, 1, 2, 4, 3])  # b g c n q
     scores = per_head(g.op("MatMul", C, Bt))  # b h c q q
-    y = g.op("MatMul", g.op("Mul", scores, g.op("Exp", decay)), X)  # b h c q p
+    y = g.op("MatMul", g.op("Mul", scores, decay), X)  # b h c q p
 
     if c > 1:
-        last = g.op("Slice", a, i64([q - 1]), i64([q]), i64([3]))  # (b, h, c, 1)
         # what each chunk adds to the state by its end: (b, h, c, n * p)
-        to_end = axis(g.op("Exp", g.op("Sub", last, a)), 4)
+        to_end = axis(g.op("Gather", decay, i64(q - 1), axis=3), 4)
         added = reshape(g.op("MatMul", per_head(Bt), g.op("Mul", X, to_end)), 0, 0, 0, state * head_dim)
-        # the state before chunk i: sum over j < i of exp(decay from the end of j to the start of i) added_j
-        total = g.op("Squeeze", last, i64([3]))  # (b, h, c)
-        ends = g.op("CumSum", total, i64(2))
-        starts = g.op("Sub", ends, total)
+        # the state before chunk i: sum over j < i of exp(log decay of the chunks between j and i) added_j
+        total = g.op("ReduceSum", a, i64([3]), keepdims=0)  # (b, h, c)
         before = g.constant(np.tril(np.ones((c, c), bool), -1), "BOOL")
-        between = g.op("Where", before, g.op("Sub", axis(starts, 3), axis(ends, 2)), g.constant(-math.inf, "F32"))
+        between = g.op("Where", before, segment_sums(g, total, exclusive=True), g.constant(-math.inf, "F32"))
         states = reshape(g.op("MatMul", g.op("Exp", between), added), 0, 0, 0, state, head_dim)
-        y = g.op("Add", y, g.op("Mul", g.op("MatMul", per_head(C), states), axis(g.op("Exp", a), 4)))
+        y = g.op(
+            "Add", y, g.op("Mul", g.op("MatMul", per_head(C), states), axis(g.op("Exp", g.op("CumSum", a, i64(3))), 4))
+        )
 
     y = g.op("Transpose", reshape(y, 0, heads, c * q, head_dim), perm=[0, 2, 1, 3])
     if c * q > length:

@@ -50,29 +50,30 @@ def ssd_scan(
 
     X = chunked(x * dt[..., None], g, r, p)
     B, C = chunked(B, g, n), chunked(C, g, n)
-    a = chunked(dt * A, g, r).cumsum(2)  # log of the decay since the chunk began, <= 0
+    a = chunked(dt * A, g, r)  # log of each step's decay, <= 0
 
-    # 1. inside each chunk: y_i = sum over j <= i of (C_i . B_j) exp(a_i - a_j) dt_j x_j.
-    # The upper triangle is masked before exp, where its exponents are positive and could overflow.
-    future = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)[:, :, None, None]
-    decay = torch.exp((a[:, :, :, None] - a[:, :, None]).masked_fill(future, -math.inf))  # (b, c, i, j, g, r)
+    # 1. inside each chunk: y_i = sum over j <= i of (C_i . B_j) exp(a_{j+1} + ... + a_i) dt_j x_j.
+    # The sums are taken one by one ("segsum"): differences of cumulative sums would cancel.
+    i = torch.arange(q, device=x.device)[:, None, None, None]
+    j = i.transpose(0, 1)
+    sums = torch.where(i > j, a[:, :, :, None], 0.0).cumsum(2)  # (b, c, i, j, g, r)
+    decay = torch.exp(torch.where(i >= j, sums, -math.inf))
     scores = torch.einsum("bcign,bcjgn->bcijg", C, B)[..., None] * decay
     y = torch.einsum("bcijgr,bcjgrp->bcigrp", scores, X)
 
     # 2. what each chunk adds to the state by its end
-    to_end = torch.exp(a[:, :, -1:] - a)[..., None]
-    added = torch.einsum("bcjgn,bcjgrp->bcgrnp", B, X * to_end)
+    added = torch.einsum("bcjgn,bcjgrp->bcgrnp", B, X * decay[:, :, -1, :, ..., None])
 
     # 3. the state before each chunk
     S = x.new_zeros(b, g, r, n, p) if state is None else state.view(b, g, r, n, p)
     before = []
-    for i in range(c):
+    for k in range(c):
         before.append(S)
-        S = torch.exp(a[:, i, -1])[..., None, None] * S + added[:, i]
+        S = torch.exp(a[:, k].sum(1))[..., None, None] * S + added[:, k]
 
     # 4. what that state contributes inside the chunk
     carried = torch.einsum("bcign,bcgrnp->bcigrp", C, torch.stack(before, 1))
-    y = y + torch.exp(a)[..., None] * carried
+    y = y + torch.exp(a.cumsum(2))[..., None] * carried
     y = y.reshape(b, c * q, h, p)[:, :l] + D[:, None] * x
     return y, S.reshape(b, h, n, p)
 
