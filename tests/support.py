@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from matexport.cli.main import main
 
 REPOSITORY = Path(__file__).parents[1]
 DIGITS = REPOSITORY / "examples" / "digits" / "checkpoint"
@@ -93,10 +98,18 @@ class Result:
         return json.loads(self.stdout)
 
 
-def matexport(*arguments: str | Path, cwd: Path | None = None) -> Result:
-    """Runs the command line in a process of its own."""
+def matexport(*arguments: str | Path) -> Result:
+    """Runs the command line in this process: torch is imported once for all tests."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        code = main([str(argument) for argument in arguments])
+    return Result(code, stdout.getvalue(), stderr.getvalue())
+
+
+def matexport_process(*arguments: str | Path, **environment: str) -> Result:
+    """Runs the command line in a process of its own, as a shell would."""
     command = [sys.executable, "-m", "matexport.cli.main", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     return Result(done.returncode, done.stdout, done.stderr)
 
 

@@ -8,3 +8,7 @@ from matexport.families.matmamba.modeling import MatMambaVisionConfig, MatMambaV
 
 AutoConfig.register(MatMambaVisionConfig.model_type, MatMambaVisionConfig, exist_ok=True)
 AutoModelForImageClassification.register(MatMambaVisionConfig, MatMambaVisionForImageClassification, exist_ok=True)
+
+# save_pretrained then writes the code along, so that what it saves loads without matexport too
+MatMambaVisionConfig.register_for_auto_class("AutoConfig")
+MatMambaVisionForImageClassification.register_for_auto_class("AutoModelForImageClassification")

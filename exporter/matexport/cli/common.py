@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,9 +87,9 @@ def note(text: str) -> None:
     click.echo(f"note: {printable(text)}", err=True)
 
 
-def hint(command: str) -> None:
-    """The last line: the command that most users want next."""
-    click.echo(f"hint: {printable(command)}", err=True)
+def hint(*command: object) -> None:
+    """The last line: the command that most users want next, its words quoted for a shell."""
+    click.echo(f"hint: {printable(shlex.join(['matexport', *map(str, command)]))}", err=True)
 
 
 @contextlib.contextmanager

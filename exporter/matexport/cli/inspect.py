@@ -36,8 +36,10 @@ def command(model: str, style: str) -> None:
         echo_json(found)
     else:
         _show(found)
-    command = {"checkpoint": f"matexport slices -m {model}", "onnx": f"matexport verify -m {model} --source SOURCE"}
-    hint(command.get(found["kind"], f"matexport inspect -m {model} --format json"))
+    if found["kind"] == "checkpoint" and manifest is None:
+        hint("slices", "-m", model)
+    else:
+        hint("verify", "-m", model, "--source", "SOURCE")
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

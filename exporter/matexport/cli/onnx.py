@@ -50,4 +50,4 @@ def command(
     with progress_bar("writing", planned.plan.nbytes) as progress:
         api.export_onnx(planned, output, target=target, form=form, force=force, progress=progress)
     click.echo(f"{output}: {planned.plan.name}, {planned.plan.parameters:,} parameters, target {target}")
-    hint(f"matexport verify -m {output} --source {model}")
+    hint("verify", "-m", output, "--source", model)

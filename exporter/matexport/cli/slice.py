@@ -71,7 +71,7 @@ def command(
     else:
         size = f"{plan.parameters:,} parameters, {human_bytes(plan.nbytes)}"
         click.echo(f"{output}: {plan.name}, {len(plan.layers)} layers, {size}")
-    hint(f"matexport verify -m {output} --source {model}")
+    hint("verify", "-m", output, "--source", model)
 
 
 def _ranges(ranges: tuple[tuple[tuple[int, int], ...], ...]) -> str:

@@ -79,6 +79,5 @@ def command(
     for candidate in candidates:
         for text in candidate.plan.notes:
             note(f"{candidate.row.name}: {text}")
-    option = f"-c {table} " if table else ""
-    name = candidates[0].row.name if picking else "NAME"
-    hint(f"matexport slice -m {model} {option}-s {name!r} -o OUTPUT")
+    option = ["-c", table] if table else []
+    hint("slice", "-m", model, *option, "-s", candidates[0].row.name if picking else "NAME", "-o", "OUTPUT")

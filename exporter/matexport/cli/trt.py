@@ -61,7 +61,7 @@ def command(
             manifest = api.build_trt(Path(folder, "onnx"), output, target=target, shapes=shapes, force=force)
     size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
     click.echo(f"{output}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
-    hint(f"matexport inspect -m {output}")
+    hint("inspect", "-m", output)
 
 
 def _is_onnx(model: Path) -> bool:

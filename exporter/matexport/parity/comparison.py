@@ -47,9 +47,9 @@ class Comparison:
         return {**{key: getattr(self, key) for key in keys}, **({"detail": self.detail} if self.detail else {})}
 
     @property
-    def badness(self) -> float:
-        """For finding the worst: failures by their relative error, those without one first."""
-        return -1.0 if self.passed else math.inf if self.max_rel is None else self.max_rel
+    def badness(self) -> tuple[bool, float]:
+        """For finding the worst failure: tensors before files, then by relative error, those without one first."""
+        return self.kind != "digest", math.inf if self.max_rel is None else self.max_rel
 
 
 def compare(name: str, kind: str, got: np.ndarray, want: np.ndarray) -> Comparison:

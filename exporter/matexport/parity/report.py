@@ -25,7 +25,7 @@ class Report:
 
     @property
     def worst(self) -> Comparison | None:
-        """The failed comparison with the largest relative error, or None."""
+        """The failed comparison that says most, or None: see `Comparison.badness`."""
         failed = [comparison for comparison in self.comparisons if not comparison.passed]
         return max(failed, key=lambda comparison: comparison.badness, default=None)
 

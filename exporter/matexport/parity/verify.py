@@ -46,8 +46,8 @@ def verify_artefact(
     family = family_of(source)
     manifest = _manifest(artefact, row)
     plan = family.plan_slice(source, row or _row_of(manifest, family, artefact), None)
-    if inputs is None:
-        inputs = family.sample_inputs(source.config, SAMPLES, SEED)
+    samples = family.sample_inputs(source.config, SAMPLES, SEED)
+    inputs = samples if inputs is None else _checked(inputs, samples)
     progress("the oracle")
     want = family.load_oracle(source, plan.layers)(inputs)
     kind = manifest["kind"]
@@ -55,9 +55,27 @@ def verify_artefact(
     if check is None:
         raise InputError(f"cannot verify an artefact of kind {kind!r}", where=str(artefact), fix="update matexport")
     progress(f"the {kind}")
-    comparisons = [*check(artefact, manifest, source, family, plan, inputs, want)]
-    folder = manifest_path(artefact).parent
-    return Report(artefact.name, source.path.resolve().name, plan.name, (*comparisons, *prove_files(folder, manifest)))
+    files = prove_files(manifest_path(artefact).parent, manifest)
+    try:
+        found = check(artefact, manifest, source, family, plan, inputs, want)
+    except InputError as e:
+        if all(comparison.passed for comparison in files):
+            raise
+        found = [Comparison(artefact.name, kind, False, 0.0, detail=f"{Path(e.where).name} cannot be read: {e.what}")]
+    return Report(artefact.name, source.path.resolve().name, plan.name, (*found, *files))
+
+
+def _checked(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A user's inputs, if they have the names, types and shapes (but for the first axis) of our own."""
+    for name, sample in samples.items():
+        if name not in inputs:
+            fix = f"the inputs are {', '.join(samples)}"
+            raise InputError(f"input {name!r} is missing", where="--inputs", fix=fix)
+        array = inputs[name]
+        if array.shape[1:] != sample.shape[1:] or not array.shape or not array.shape[0]:
+            what = f"input {name!r} has shape {array.shape}, (any, {', '.join(map(str, sample.shape[1:]))}) expected"
+            raise InputError(what, where="--inputs", fix="give a batch of the model's own inputs")
+    return {name: np.ascontiguousarray(inputs[name], sample.dtype) for name, sample in samples.items()}
 
 
 def _manifest(artefact: Path, row: Row | None) -> dict[str, Any]:
