@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from test_planning import views
 
 from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.errors import CheckpointError
 from matexport.planning import View, part, whole
 from matexport.streaming import read, stream, stream_transposed
+from strategies import views
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -67,7 +67,7 @@ def unknown_op(path: Path) -> Path:
 
 def test_a_model_that_is_refused(tmp_path: Path) -> None:
     job = {"model": str(unknown_op(tmp_path / "m.onnx")), "engine": str(tmp_path / "e"), "profiles": {}}
-    with pytest.raises(InputError, match="TensorRT-RTX refuses the model: .*"):
+    with pytest.raises(InputError, match="TensorRT-RTX refuses the model: "):
         run_builder(job, tmp_path)
     assert not (tmp_path / "e").exists()
 

@@ -33,8 +33,9 @@ def command(style: str) -> None:
     """
     found: list[dict[str, Any]] = []
     for purpose, distribution, module, install in PARTS:
-        usable = importlib.util.find_spec(module) is not None
-        version = importlib.metadata.version(distribution) if usable else None
+        spec = importlib.util.find_spec(module)
+        usable = spec is not None and spec.origin is not None
+        version = _version(distribution) if usable else None
         found.append({"part": distribution, "for": purpose, "version": version, "install": None if usable else install})
     gpu = has_gpu()
     found.append({"part": "NVIDIA GPU", "for": "run engines", "version": "present" if gpu else None, "install": None})
@@ -43,3 +44,10 @@ def command(style: str) -> None:
         return
     rows = [[entry["part"], entry["for"], entry["version"] or "missing", entry["install"] or ""] for entry in found]
     echo_table(["part", "for", "version", "to install"], rows, left=4)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # a system package: JetPack brings TensorRT this way
+        return "present"

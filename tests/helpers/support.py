@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from matexport.cli.main import main
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 DIGITS = REPOSITORY / "examples" / "digits" / "checkpoint"
 
 
