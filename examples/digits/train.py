@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from data import HERE, load_split
 from rich.progress import track
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from matexport.families.matmamba.modeling import MatMambaVisionConfig, MatMambaVisionForImageClassification
 
@@ -65,6 +66,7 @@ def train(seed: int, epochs: int, lr: float, decay: float, batch: int) -> MatMam
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}], lr, (0.9, 0.99)
     )
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # of about the last hundred steps
     steps = epochs * math.ceil(len(images) / batch)
     warmup = steps // 20
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -81,7 +83,8 @@ def train(seed: int, epochs: int, lr: float, decay: float, batch: int) -> MatMam
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-    return model.eval()
+            average.update_parameters(model)
+    return average.module.eval()
 
 
 def main() -> None:
@@ -107,6 +110,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
             save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+            (folder / "model.safetensors").chmod(0o644)  # the library writes 0600 whatever the umask
     if not args.tune:
         settings = {"epochs": args.epochs, "lr": args.lr, "decay": args.decay, "batch": args.batch}
         text = json.dumps({"settings": settings, "accuracy_percent_by_level": results}, indent=1)
