@@ -82,7 +82,7 @@ def test_families_do_not_know_each_other(path: Path) -> None:
         for name in imports(path):
             words = name.split(".")
             if words[:2] == ["matexport", "families"] and len(words) > 2:
-                assert words[2] in (parts[1], "rows")
+                assert words[2] in (parts[1], "rows", "loaders")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)

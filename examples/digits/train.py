@@ -68,7 +68,7 @@ def train(seed: int, epochs: int, lr: float, decay: float, batch: int) -> MatMam
     )
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # of about the last hundred steps
     steps = epochs * math.ceil(len(images) / batch)
-    warmup = steps // 20
+    warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * s / steps)))
     )

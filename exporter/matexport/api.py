@@ -50,7 +50,7 @@ class PlannedSlice:
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Writes the standalone checkpoint; see `matexport.writer.write_checkpoint` for arguments and errors."""
-        files = self.family.custom_code()
+        files = self.family.custom_code(self.plan)
         files["README.md"] = model_card(self.plan, self.row, self.checkpoint, self.family.card(self.plan)).encode()
         write_checkpoint(
             self.checkpoint, self.plan, Path(output), files=files, max_shard_size=max_shard_size, force=force,

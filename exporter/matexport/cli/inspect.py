@@ -56,6 +56,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "effective_parameters": plan.effective_parameters,
         "bytes": plan.nbytes,
         "packaged_table": family.packaged_table(checkpoint),
+        "loaders": [verdict.to_json() for verdict in family.loaders(checkpoint)],
     }
 
 
@@ -79,6 +80,11 @@ def _installed(package: str) -> str:
 
 def _show(found: dict[str, Any], indent: str = "") -> None:
     for key, value in found.items():
+        if key == "loaders":
+            click.echo("loads in:")
+            for entry in value:
+                click.echo(f"  {entry['loader']}: " + ("yes" if entry["takes"] else f"no, {entry['reason']}"))
+            continue
         if isinstance(value, dict):
             click.echo(f"{indent}{printable(str(key))}:")
             _show(value, indent + "  ")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError
+from matexport.families.loaders import Verdict
 from matexport.planning import KeptLayer, Plan
 from matexport.slice_table import Row, Table, read_table
 
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 FAMILIES = ("matmamba",)
 
 Arrays = Mapping[str, "np.ndarray"]
-Forward = Callable[[Arrays], Arrays]  # inputs by name -> outputs by name
+# Inputs by name -> outputs by name. An output `decode.X` is X computed step by step, from states.
+Forward = Callable[[Arrays], Arrays]
 
 
 class Family(Protocol):
-    """What the package of a family provides. Only `load_oracle` and `load_slice` may import torch."""
+    """What the package of a family provides. Only the three `load_*` may import torch."""
 
     NAME: str
     COLUMN: str  # the column of a slice table that holds its widths
@@ -42,11 +44,14 @@ class Family(Protocol):
     def plan_slice(self, checkpoint: Checkpoint, row: Row, trained: Table | None) -> Plan:
         """Plans one row. Raises TableError, CheckpointError."""
 
-    def custom_code(self) -> dict[str, bytes]:
-        """Python files that go along with a sliced checkpoint, by name."""
+    def custom_code(self, plan: Plan) -> dict[str, bytes]:
+        """Python files that go along with a sliced checkpoint, by name; none where a library has its class."""
 
     def card(self, plan: Plan) -> dict[str, Any]:
         """What the model card of a slice says: `pipeline_tag`, `tags`, `usage` (Python code)."""
+
+    def loaders(self, checkpoint: Checkpoint) -> list[Verdict]:
+        """Which programs load this checkpoint, and why another one does not."""
 
     def build_graph(self, plan: Plan) -> Graph:
         """The ONNX graph of a planned slice, in ai.onnx ops."""
@@ -58,7 +63,10 @@ class Family(Protocol):
         """The whole source model in fp32, run with the slice applied at run time."""
 
     def load_slice(self, checkpoint: Checkpoint) -> Forward:
-        """A sliced checkpoint in fp32 in its own class, its weights loaded strictly."""
+        """A sliced checkpoint in fp32 in the oracle's class, its weights loaded strictly."""
+
+    def load_stock(self, checkpoint: Checkpoint) -> Forward | None:
+        """The same in a library's class, as an independent check; None where no library has it."""
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

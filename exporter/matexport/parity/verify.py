@@ -126,8 +126,18 @@ def _check_checkpoint(
     found = _prove(stored, plan.tensors, source)
     if all(comparison.passed for comparison in found):  # else the model may not even load
         got = family.load_slice(standalone)(inputs)
-        found += [compare(name, "checkpoint", got[name], want[name]) for name in want]
+        found += _compare_outputs("checkpoint", got, want)
+        stock = family.load_stock(standalone)
+        if stock is not None:
+            found += _compare_outputs("stock", stock(inputs), want)
     return found
+
+
+def _compare_outputs(kind: str, got: Outputs, want: Outputs) -> list[Comparison]:
+    """Every output with the oracle's, and what was decoded step by step with what was computed at once."""
+    found = [compare(name, kind, got[name], want[name]) for name in want]
+    steps = [name for name in want if name.startswith("decode.")]
+    return found + [compare(name, "decode", got[name], want[name.removeprefix("decode.")]) for name in steps]
 
 
 def _check_onnx(
@@ -155,7 +165,7 @@ def _check_onnx(
             stored[initializer.name] = Stored(recorded[initializer.name], data, int(entries["offset"]), transposed)
     found = _prove(stored, {name: t for name, t in plan.tensors.items() if name in recorded}, source)
     got = load_onnx(file)(inputs)
-    return found + [compare(name, "onnx", got[name], want[name]) for name in want]
+    return found + _compare_outputs("onnx", got, want)
 
 
 def _check_engine(
@@ -170,7 +180,7 @@ def _check_engine(
     from matexport.runtimes.tensorrt import load_engine
 
     got = load_engine(artefact, manifest)(inputs)
-    return [compare(name, "onnx", got[name], want[name]) for name in want]
+    return _compare_outputs("onnx", got, want)
 
 
 def _prove(stored: Mapping[str, Stored], planned: Mapping[str, PlannedTensor], source: Checkpoint) -> list[Comparison]:

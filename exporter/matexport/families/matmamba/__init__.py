@@ -1,4 +1,4 @@
-"""The MatMamba family: Mamba-2 blocks nested in whole heads (arXiv 2410.06718). Vision models."""
+"""The MatMamba family: Mamba-2 blocks nested in whole heads (arXiv 2410.06718), language models and vision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matexport.checkpoint import Checkpoint
-from matexport.families.matmamba.layout import packaged_table, plan_slice, recognises
+from matexport.errors import UsageError
+from matexport.families.loaders import Verdict
+from matexport.families.matmamba.containers import verdicts
+from matexport.families.matmamba.layout import packaged_table, plan_slice, read_model, recognises
 from matexport.planning import KeptLayer, Plan
 from matexport.slice_table import MAMBA
 
@@ -18,28 +21,42 @@ if TYPE_CHECKING:
 
 NAME = "matmamba"
 COLUMN = MAMBA
+TOKENS = 37  # of the sample inputs: no multiple of anything
 
 __all__ = [
-    "COLUMN", "NAME", "build_graph", "card", "custom_code", "load_oracle", "load_slice", "packaged_table",
-    "plan_slice", "recognises", "sample_inputs",
+    "COLUMN", "NAME", "build_graph", "card", "custom_code", "load_oracle", "load_slice", "load_stock", "loaders",
+    "packaged_table", "plan_slice", "recognises", "sample_inputs",
 ]  # fmt: skip
 
+Forward = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
-def custom_code() -> dict[str, bytes]:
+
+def custom_code(plan: Plan) -> dict[str, bytes]:
+    if "auto_map" not in plan.config:
+        return {}
     return {"modeling_matmamba.py": (Path(__file__).parent / "modeling.py").read_bytes()}
 
 
 def card(plan: Plan) -> dict[str, Any]:
+    task = "ImageClassification" if plan.config["model_type"] == "matmamba_vision" else "CausalLM"
+    own = "import matexport.hf  # or pass trust_remote_code=True instead\n" if "auto_map" in plan.config else ""
+    call = "logits = model(pixel_values).logits" if task != "CausalLM" else "tokens = model.generate(input_ids)"
     usage = (
-        "from transformers import AutoModelForImageClassification\n\n"
-        "import matexport.hf  # or pass trust_remote_code=True instead\n\n"
-        "model = AutoModelForImageClassification.from_pretrained(FOLDER)\n"
-        "logits = model(pixel_values).logits"
+        f"{own}from transformers import AutoModelFor{task}\n\n"
+        f"model = AutoModelFor{task}.from_pretrained(FOLDER)\n{call}"
     )
-    return {"pipeline_tag": "image-classification", "tags": ["mamba", "matmamba"], "usage": usage}
+    pipeline = "text-generation" if task == "CausalLM" else "image-classification"
+    return {"pipeline_tag": pipeline, "tags": ["mamba", "matmamba"], "usage": usage}
+
+
+def loaders(checkpoint: Checkpoint) -> list[Verdict]:
+    model = read_model(checkpoint)
+    return verdicts(model.kind, checkpoint.config, [mixer.heads for mixer in model.mixers], model.head_dim)
 
 
 def build_graph(plan: Plan) -> Graph:
+    if plan.config["model_type"] != "matmamba_vision":
+        raise UsageError("language models cannot be exported to ONNX yet", fix="slice them: matexport slice")
     from matexport.families.matmamba.graph import vision_graph
 
     return vision_graph(plan)
@@ -48,19 +65,26 @@ def build_graph(plan: Plan) -> Graph:
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:
     import numpy as np
 
-    size = config["image_size"]
-    return {"pixel_values": np.random.default_rng(seed).standard_normal((count, 3, size, size), dtype=np.float32)}
+    rng = np.random.default_rng(seed)
+    if "image_size" in config:
+        size = config["image_size"]
+        return {"pixel_values": rng.standard_normal((count, 3, size, size), dtype=np.float32)}
+    return {"input_ids": rng.integers(0, config["vocab_size"], (count, TOKENS))}
 
 
-def load_oracle(
-    checkpoint: Checkpoint, layers: Sequence[KeptLayer]
-) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+def load_oracle(checkpoint: Checkpoint, layers: Sequence[KeptLayer]) -> Forward:
     from matexport.families.matmamba import oracle
 
     return oracle.load_oracle(checkpoint, layers)
 
 
-def load_slice(checkpoint: Checkpoint) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+def load_slice(checkpoint: Checkpoint) -> Forward:
     from matexport.families.matmamba import oracle
 
     return oracle.load_slice(checkpoint)
+
+
+def load_stock(checkpoint: Checkpoint) -> Forward | None:
+    from matexport.families.matmamba import oracle
+
+    return oracle.load_stock(checkpoint)

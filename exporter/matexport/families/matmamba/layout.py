@@ -16,19 +16,22 @@ from typing import Any
 
 from matexport.checkpoint import Checkpoint, Tensor
 from matexport.errors import CheckpointError, TableError
+from matexport.families.matmamba import containers
+from matexport.families.matmamba.containers import EMBEDDINGS, EXPAND, HEAD, SSM_REQUIRED, is_tied, size_of
 from matexport.families.rows import kept_layers, widths_of
 from matexport.planning import KeptLayer, Plan, PlannedTensor, View, blocks, part, whole
 from matexport.slice_table import MAMBA, TITLES, Row, Table
 
-EXPAND = 2  # channels per unit of width; fixed in the authors' code, whatever `expand` says
-PACKAGED = {("vision", 64, 4): "matmamba-digits.csv"}  # (kind, d_model, layers) -> table
-
-# what ssm_cfg may say: passed on, or required to be this because another value is another function
-SSM_KEYS = ("d_state", "d_conv", "ngroups", "chunk_size", "dt_limit")
-SSM_REQUIRED = {
-    "layer": "MatMamba2", "expand": EXPAND, "d_ssm": None, "D_has_hdim": False, "rmsnorm": True,
-    "norm_before_gate": False, "bias": False, "conv_bias": True,
-}  # fmt: skip
+PACKAGED = {  # (kind, d_model, layers) -> table
+    ("vision", 64, 4): "matmamba-digits.csv",
+    ("vision", 512, 20): "matmamba-vision-35m.csv",
+    ("vision", 1024, 20): "matmamba-vision-135m.csv",
+    ("lm", 768, 24): "matmamba-lm-130m.csv",
+    ("lm", 1024, 48): "matmamba-lm-370m.csv",
+    ("lm", 1536, 48): "matmamba-lm-790m.csv",
+    ("lm", 2048, 48): "matmamba-lm-1.4b.csv",
+}
+PREFIXES = {"vision": "", "lm": "backbone."}  # of the layers' tensors
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
@@ -70,8 +73,9 @@ class Mixer:
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a MatMamba model."""
+    """The sizes of a MatMamba model: `kind` is "lm" or "vision"."""
 
+    kind: str
     d_model: int
     mixers: tuple[Mixer, ...]
 
@@ -79,17 +83,33 @@ class Model:
     def head_dim(self) -> int:
         return self.mixers[0].head_dim
 
+    @property
+    def prefix(self) -> str:
+        """Of the names of the layers' tensors."""
+        return PREFIXES[self.kind]
+
 
 # ----------------------------------------------------------------------------------------- reading
+def kind_of(checkpoint: Checkpoint) -> str | None:
+    """The kind of model, "lm" or "vision", or None if the checkpoint is no MatMamba."""
+    names = checkpoint.tensors.keys()
+    if {"layers.0.mixer.in_proj.weight", "patch_embed.proj.weight"} <= names:
+        return "vision"
+    # dt_bias is what Mamba-2 has and Mamba-1 has not
+    if "backbone.layers.0.mixer.dt_bias" in names and names & set(EMBEDDINGS):
+        return "lm"
+    return None
+
+
 def recognises(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint is MatMamba-Vision, whole or sliced."""
-    return {"layers.0.mixer.in_proj.weight", "patch_embed.proj.weight"} <= checkpoint.tensors.keys()
+    """Whether the checkpoint is MatMamba, language model or vision, whole or sliced."""
+    return kind_of(checkpoint) is not None and "d_model" in checkpoint.config
 
 
 def packaged_table(checkpoint: Checkpoint) -> str | None:
     """The name of the packaged slice table for a model of this kind and size."""
     model = read_model(checkpoint)
-    return PACKAGED.get(("vision", model.d_model, len(model.mixers)))
+    return PACKAGED.get((model.kind, model.d_model, len(model.mixers)))
 
 
 def read_model(checkpoint: Checkpoint) -> Model:
@@ -100,18 +120,20 @@ def read_model(checkpoint: Checkpoint) -> Model:
             another shape.
     """
     config, where = checkpoint.config, str(checkpoint.path)
+    kind = kind_of(checkpoint)
+    assert kind is not None
     ssm = _ssm_config(checkpoint)
     for key in ("d_intermediate", "attn_layer_idx"):
         if config.get(key):
-            raise CheckpointError(
-                f"has {key} = {config[key]!r}", where=where, fix="only pure MatMamba blocks can be sliced"
-            )
-    d_model, n_layer = (_size(checkpoint, key) for key in ("d_model", "n_layer"))
-    mixers = tuple(_mixer(checkpoint, i, ssm) for i in range(n_layer))
-    if len({mixer.head_dim for mixer in mixers}) > 1:
-        raise CheckpointError("has layers of different head dim", where=where, fix="this is not a MatMamba checkpoint")
-    model = Model(d_model, mixers)
-    _check(checkpoint, _expected(config, model, checkpoint))
+            what = f"has {key} = {config[key]!r}"
+            raise CheckpointError(what, where=where, fix="only pure MatMamba blocks can be sliced")
+    d_model, n_layer = size_of(checkpoint, "d_model"), size_of(checkpoint, "n_layer")
+    mixers = tuple(_mixer(checkpoint, f"{PREFIXES[kind]}layers.{i}.mixer.", ssm) for i in range(n_layer))
+    if len({(mixer.head_dim, mixer.state, mixer.kernel) for mixer in mixers}) > 1:
+        what = "has layers of different head dim, state size or kernel"
+        raise CheckpointError(what, where=where, fix="this is not a MatMamba checkpoint")
+    model = Model(kind, d_model, mixers)
+    _check(checkpoint, _expected(checkpoint, model))
     return model
 
 
@@ -126,18 +148,7 @@ def _ssm_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return ssm
 
 
-def _size(checkpoint: Checkpoint, key: str) -> int:
-    value = checkpoint.config.get(key)
-    if type(value) is not int or not 0 < value <= 1 << 20:
-        raise CheckpointError(
-            f"{key} = {value!r} is no size", where=str(checkpoint.path / "config.json"), fix="correct it"
-        )
-    return value
-
-
-def _mixer(checkpoint: Checkpoint, layer: int, ssm: dict[str, Any]) -> Mixer:
-    prefix = f"layers.{layer}.mixer."
-
+def _mixer(checkpoint: Checkpoint, prefix: str, ssm: dict[str, Any]) -> Mixer:
     def shape(name: str, rank: int) -> tuple[int, ...]:
         tensor = checkpoint.tensors.get(prefix + name)
         if tensor is None:
@@ -150,36 +161,22 @@ def _mixer(checkpoint: Checkpoint, layer: int, ssm: dict[str, Any]) -> Mixer:
     heads, width = shape("A_log", 1)[0], shape("out_proj.weight", 2)[1]
     conv, _, kernel = shape("conv1d.weight", 3)
     groups = ssm.get("ngroups", 1)
-    if (
-        type(groups) is not int
-        or groups < 1
-        or heads % groups
-        or width % heads
-        or (conv - width) % (2 * groups)
-        or conv <= width
-    ):
-        what = f"layer {layer}: {heads} heads, {groups} groups, {width} and {conv} channels do not fit together"
+    fits = type(groups) is int and groups > 0 and heads % groups == 0 and width % heads == 0
+    if not fits or conv <= width or (conv - width) % (2 * groups):
+        what = f"{prefix}*: {heads} heads, {groups} groups, {width} and {conv} channels do not fit together"
         raise CheckpointError(what, where=str(checkpoint.path), fix="correct ngroups in ssm_cfg")
     return Mixer(heads, width // heads, groups, (conv - width) // (2 * groups), kernel)
 
 
-def _expected(config: dict[str, Any], model: Model, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the vision model and its shape."""
-    d = model.d_model
-    patch, image, classes = (_size(checkpoint, key) for key in ("patch_size", "image_size", "n_classes"))
-    norm = ["weight"] if config.get("rms_norm") else ["weight", "bias"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "patch_embed.proj.weight": (d, 3, patch, patch),
-        "patch_embed.proj.bias": (d,),
-        "cls_token": (1, 1, d),
-        "pos_embed": (1, (image // patch) ** 2 + 1, d),
-        **{f"norm_f.{name}": (d,) for name in norm},
-        "head.weight": (classes, d),
-        "head.bias": (classes,),
-    }
+def _expected(checkpoint: Checkpoint, model: Model) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model and its shape."""
+    d, prefix = model.d_model, model.prefix
+    around = containers.language_shapes if model.kind == "lm" else containers.vision_shapes
+    norm = ["weight"] if checkpoint.config.get("rms_norm", model.kind == "lm") else ["weight", "bias"]
+    shapes = around(checkpoint, d) | {f"{prefix}norm_f.{name}": (d,) for name in norm}
     for i, mixer in enumerate(model.mixers):
-        shapes |= {f"layers.{i}.norm.{name}": (d,) for name in norm}
-        shapes |= {f"layers.{i}.mixer.{name}": shape for name, shape in mixer.shapes(d).items()}
+        shapes |= {f"{prefix}layers.{i}.norm.{name}": (d,) for name in norm}
+        shapes |= {f"{prefix}layers.{i}.mixer.{name}": shape for name, shape in mixer.shapes(d).items()}
     return shapes
 
 
@@ -240,66 +237,61 @@ def plan_slice(checkpoint: Checkpoint, row: Row, trained: Table | None = None) -
     kept = kept_layers(row, len(model.mixers))
     full = tuple(model.mixers[i].width // EXPAND for i in kept)
     widths = widths_of(row, MAMBA, kept, full)
-    tensors: dict[str, PlannedTensor] = {}
-    mixer_parts: dict[int, dict[str, View]] = {}
-    for index, width in zip(kept, widths, strict=True):
-        mixer = model.mixers[index]
-        _check_width(row, mixer, index, width)
-        prefix = f"layers.{index}.mixer."
-        own = {name: checkpoint.tensors[prefix + name] for name in mixer.shapes(model.d_model)}
-        mixer_parts[index] = mixer_views(own, mixer, leading_heads(mixer, EXPAND * width // mixer.head_dim))
-    for name, tensor in checkpoint.tensors.items():
-        match = _LAYER.fullmatch(name)
-        if match and int(match[1]) not in kept:
-            continue
-        view = whole(tensor)
-        if match:
-            index, rest = int(match[1]), match[2]
-            name = f"layers.{kept.index(index)}.{rest}"
-            view = mixer_parts[index].get(rest.removeprefix("mixer."), view) if rest.startswith("mixer.") else view
-        tensors[name] = PlannedTensor(tensor.dtype, view)
-    heads = [EXPAND * width // model.head_dim for width in widths]
-    count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     layers = tuple(KeptLayer(index, width) for index, width in zip(kept, widths, strict=True))
-    config = sliced_config(checkpoint.config, heads, model.head_dim)
+    for layer in layers:
+        _check_width(row, model.mixers[layer.source], layer)
+    tensors = _tensors(checkpoint, model, layers)
+    heads = [EXPAND * width // model.head_dim for width in widths]
+    if model.kind == "vision":
+        config = containers.vision_config(checkpoint.config, heads, model.head_dim)
+    else:
+        first, rows = model.mixers[0], tensors[EMBEDDINGS[1]].shape[0]
+        sizes = (model.head_dim, first.state, first.kernel, rows)
+        config = containers.language_config(checkpoint.config, heads, *sizes)
+    count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     notes = _notes(checkpoint.config, row, full, widths, trained)
     return Plan("matmamba", row.name, layers, row.skipped, tensors, config, count, notes)
 
 
-def _check_width(row: Row, mixer: Mixer, layer: int, width: int) -> None:
+def _tensors(checkpoint: Checkpoint, model: Model, layers: Sequence[KeptLayer]) -> dict[str, PlannedTensor]:
+    """Every tensor of the slice: mixers cut, layers renumbered, everything else as it is."""
+    new_index = {layer.source: i for i, layer in enumerate(layers)}
+    cut: dict[str, View] = {}
+    for layer in layers:
+        mixer, prefix = model.mixers[layer.source], f"{model.prefix}layers.{layer.source}.mixer."
+        own = {name: checkpoint.tensors[prefix + name] for name in mixer.shapes(model.d_model)}
+        heads = leading_heads(mixer, EXPAND * layer.width // mixer.head_dim)
+        cut |= {prefix + name: view for name, view in mixer_views(own, mixer, heads).items()}
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        match = _LAYER.fullmatch(name.removeprefix(model.prefix))
+        if match and int(match[1]) not in new_index:
+            continue
+        if name == HEAD and is_tied(checkpoint.config):
+            continue  # stored once, as the embedding
+        new = f"{model.prefix}layers.{new_index[int(match[1])]}.{match[2]}" if match else name
+        new = EMBEDDINGS[1] if new in EMBEDDINGS else new
+        tensors[new] = PlannedTensor(tensor.dtype, cut.get(name, whole(tensor)))
+    return tensors
+
+
+def _check_width(row: Row, mixer: Mixer, layer: KeptLayer) -> None:
+    width = layer.width
     step = mixer.head_dim * mixer.groups  # channels of one head in every group
     if not 0 < EXPAND * width <= mixer.width or EXPAND * width % step:
         legal = [n * step // EXPAND for n in range(1, mixer.width // step + 1) if n * step % EXPAND == 0]
         some = ", ".join(map(str, legal if len(legal) <= 8 else [*legal[:3], "...", *legal[-2:]]))
         heads = f"at most {mixer.heads} of {mixer.head_dim} channels"
-        what = f"width {width} of layer {layer} is not made of whole heads, {heads}"
+        what = f"width {width} of layer {layer.source} is not made of whole heads, {heads}"
         where = f"{row.where or row.name}, column {TITLES[MAMBA]!r}"
         raise TableError(what, where=where, fix=f"legal widths: {some}")
-
-
-def sliced_config(source: dict[str, Any], heads: list[int], head_dim: int) -> dict[str, Any]:
-    """The source's config.json with what the slice changes, and the names of its class."""
-    code = "modeling_matmamba"
-    return {
-        **source,
-        "n_layer": len(heads),
-        "num_heads": heads,
-        "head_dim": head_dim,
-        "ssm_cfg": {key: value for key, value in (source.get("ssm_cfg") or {}).items() if key in SSM_KEYS},
-        "model_type": "matmamba_vision",
-        "architectures": ["MatMambaVisionForImageClassification"],
-        "auto_map": {
-            "AutoConfig": f"{code}.MatMambaVisionConfig",
-            "AutoModelForImageClassification": f"{code}.MatMambaVisionForImageClassification",
-        },
-    }
 
 
 def _notes(
     config: dict[str, Any], row: Row, full: tuple[int, ...], widths: tuple[int, ...], trained: Table | None
 ) -> tuple[str, ...]:
     notes = []
-    if "auto_map" in config and config.get("model_type") != "matmamba_vision":
+    if "auto_map" in config and config.get("model_type") not in ("matmamba", "matmamba_vision"):
         notes.append("the source's config.json names custom code (auto_map): it was neither run nor copied")
     known = set(full)
     for other in trained.rows if trained else ():

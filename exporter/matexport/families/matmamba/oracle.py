@@ -3,31 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError
-from matexport.families.matmamba.layout import EXPAND, leading_heads, read_model, sliced_config
-from matexport.families.matmamba.modeling import MatMambaVisionConfig, MatMambaVisionForImageClassification
+from matexport.families.matmamba.containers import EMBEDDINGS, EXPAND, HEAD, SSM_KEYS, is_tied
+from matexport.families.matmamba.layout import leading_heads, read_model
+from matexport.families.matmamba.modeling import (
+    MatMambaConfig,
+    MatMambaForCausalLM,
+    MatMambaVisionConfig,
+    MatMambaVisionForImageClassification,
+    Submodel,
+)
 from matexport.planning import KeptLayer
 
 Forward = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-Submodel = Sequence[tuple[int, Sequence[int] | None]]
 
 
-def load_model(checkpoint: Checkpoint) -> MatMambaVisionForImageClassification:
-    """The checkpoint as it is, in fp32; every parameter a tensor of its own, none missing, none left over."""
-    heads = [mixer.heads for mixer in read_model(checkpoint).mixers]
-    config = MatMambaVisionConfig(**sliced_config(checkpoint.config, heads, read_model(checkpoint).head_dim))
-    model = MatMambaVisionForImageClassification(config).float()
+def load_model(checkpoint: Checkpoint) -> MatMambaForCausalLM | MatMambaVisionForImageClassification:
+    """The checkpoint as it is, in our class and fp32; every parameter used, none missing, none left over.
+
+    Raises:
+        CheckpointError: a tied head that is not the embedding.
+    """
+    source = read_model(checkpoint)
+    keys = ("norm_epsilon", "rms_norm", "pool", "n_classes", "patch_size", "image_size")
+    options: dict[str, Any] = {key: checkpoint.config[key] for key in keys if key in checkpoint.config}
+    ssm = {key: value for key, value in (checkpoint.config.get("ssm_cfg") or {}).items() if key in SSM_KEYS}
+    options |= {
+        "d_model": source.d_model,
+        "n_layer": len(source.mixers),
+        "num_heads": [mixer.heads for mixer in source.mixers],
+        "head_dim": source.head_dim,
+        "ssm_cfg": {**ssm, "d_state": source.mixers[0].state, "d_conv": source.mixers[0].kernel},
+    }
     # copies: the alignment of a mapped file can change the last bits of a matrix product
     state = {name: _tensor(checkpoint.read(name)).float().clone() for name in checkpoint.tensors}
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as e:
-        raise CheckpointError(str(e), where=str(checkpoint.path), fix="this checkpoint is damaged") from None
+    model: MatMambaForCausalLM | MatMambaVisionForImageClassification
+    if source.kind == "vision":
+        model = MatMambaVisionForImageClassification(MatMambaVisionConfig(**options))
+    else:
+        embedding = next(state.pop(name) for name in EMBEDDINGS if name in state)
+        state[EMBEDDINGS[1]] = embedding
+        tied = is_tied(checkpoint.config)
+        if tied and not torch.equal(state.pop(HEAD, embedding), embedding):
+            what = f"config.json ties {HEAD!r} to the embedding, but they differ"
+            raise CheckpointError(what, where=str(checkpoint.path), fix="set tie_embeddings to false in config.json")
+        model = MatMambaForCausalLM(MatMambaConfig(vocab_size=embedding.shape[0], tie_word_embeddings=tied, **options))
+    model.float().load_state_dict(state, strict=True)
     return model.eval()
 
 
@@ -42,17 +69,51 @@ def load_oracle(checkpoint: Checkpoint, layers: Sequence[KeptLayer]) -> Forward:
 
 
 def load_slice(checkpoint: Checkpoint) -> Forward:
-    """A standalone slice as it is."""
+    """A standalone slice as it is, in our class."""
     return _forward(load_model(checkpoint), None)
 
 
-def _forward(model: MatMambaVisionForImageClassification, submodel: Submodel | None) -> Forward:
+def load_stock(checkpoint: Checkpoint) -> Forward | None:
+    """A standalone slice in transformers' own class, by its own loader; None where it needs ours."""
+    if checkpoint.config.get("model_type") != "mamba2":
+        return None
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
+    problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
+    if problems:
+        raise CheckpointError(f"transformers reports {problems}", where=str(checkpoint.path), fix="slice it again")
+    model.eval()
+
     @torch.no_grad()
     def forward(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return _language_outputs(model, torch.from_numpy(np.array(inputs["input_ids"])), {})
+
+    return forward
+
+
+def _forward(model: Any, submodel: Submodel | None) -> Forward:
+    @torch.no_grad()
+    def forward(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        if isinstance(model, MatMambaForCausalLM):
+            return _language_outputs(model, torch.from_numpy(np.array(inputs["input_ids"])), {"submodel": submodel})
         pixels = torch.from_numpy(np.array(inputs["pixel_values"], np.float32))
         return {"logits": model(pixels, submodel=submodel).logits.numpy()}
 
     return forward
+
+
+def _language_outputs(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Logits of one run, and of a prefill of half of the tokens followed by single steps."""
+    split = ids.shape[1] // 2
+    out = model(ids[:, :split], use_cache=True, **options)
+    pieces = [out.logits]
+    for t in range(split, ids.shape[1]):
+        out = model(ids[:, t : t + 1], cache_params=out.cache_params, use_cache=True, **options)
+        pieces.append(out.logits)
+    whole = model(ids, use_cache=False, **options).logits
+    return {"logits": whole.numpy(), "decode.logits": torch.cat(pieces, 1).numpy()}
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
