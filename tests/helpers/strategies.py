@@ -1,10 +1,12 @@
-"""Hypothesis strategies that several tests draw from."""
+"""Rows and views that several tests draw from."""
 
 from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from matexport.dims import Dims
 from matexport.planning import View, merge
+from matexport.slice_table import Row
 
 
 @st.composite
@@ -22,3 +24,9 @@ def views(draw: st.DrawFn, shape: tuple[int, ...], source: str = "t") -> View:
     taken_ranges = tuple(draw(ranges(n)) for n in shape)
     taken = tuple(sum(stop - start for start, stop in axis) for axis in taken_ranges)
     return View(source, shape, taken_ranges, taken)
+
+
+def row_of(dims: list[int | None]) -> Row:
+    """A row that leaves out the layers with None."""
+    skipped = tuple(i for i, dim in enumerate(dims) if dim is None)
+    return Row("row", skipped, mamba=Dims(head=tuple(dim for dim in dims if dim is not None)))

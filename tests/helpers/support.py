@@ -34,43 +34,77 @@ def vision_config(
     }  # fmt: skip
 
 
-def vision_tensors(config: dict[str, Any], *, seed: int = 0, heads: int = 64) -> dict[str, np.ndarray]:
-    """Random weights for a config, every parameter randomised: zeros and ones hide bugs."""
-    rng = np.random.default_rng(seed)
-    d, ssm = config["d_model"], config["ssm_cfg"]
-    w, gn = 2 * d, ssm.get("ngroups", 1) * ssm["d_state"]
-    patches = (config["image_size"] // config["patch_size"]) ** 2
+def language_config(*, d_model: int = 64, n_layer: int = 3, vocab_size: int = 101, **ssm: Any) -> dict[str, Any]:
+    """A config.json in the released keys; 101 tokens are padded to 104."""
+    return {
+        "d_model": d_model, "d_intermediate": 0, "n_layer": n_layer, "vocab_size": vocab_size,
+        "ssm_cfg": {"d_state": 8, **ssm}, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True,
+        "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True,
+    }  # fmt: skip
 
-    def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> np.ndarray:
-        return (mean + scale * rng.standard_normal(shape)).astype(np.float32)
 
-    def norm(name: str) -> dict[str, np.ndarray]:
-        bias = {} if config["rms_norm"] else {f"{name}.bias": normal(d, scale=0.1)}
-        return {f"{name}.weight": normal(d, scale=0.2, mean=1), **bias}
+class Random:
+    """Random weights, every parameter randomised: zeros and ones hide bugs."""
 
-    tensors = {
-        "patch_embed.proj.weight": normal(d, 3, config["patch_size"], config["patch_size"], scale=0.2),
-        "patch_embed.proj.bias": normal(d, scale=0.1),
-        "cls_token": normal(1, 1, d),
-        "pos_embed": normal(1, patches + 1, d, scale=0.5),
-        **norm("norm_f"),
-        "head.weight": normal(config["n_classes"], d, scale=d**-0.5),
-        "head.bias": normal(config["n_classes"], scale=0.1),
-    }
-    for i in range(config["n_layer"]):
-        m = f"layers.{i}.mixer."
-        tensors |= norm(f"layers.{i}.norm")
-        tensors |= {
-            m + "in_proj.weight": normal(2 * w + 2 * gn + heads, d, scale=d**-0.5),
-            m + "conv1d.weight": normal(w + 2 * gn, 1, ssm.get("d_conv", 4), scale=0.5),
-            m + "conv1d.bias": normal(w + 2 * gn, scale=0.1),
-            m + "dt_bias": normal(heads, mean=-3),
-            m + "A_log": np.log(rng.uniform(1, 16, heads)).astype(np.float32),
-            m + "D": normal(heads, scale=0.2, mean=1),
-            m + "norm.weight": normal(w, scale=0.2, mean=1),
-            m + "out_proj.weight": normal(d, w, scale=w**-0.5),
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> np.ndarray:
+        return (mean + scale * self.rng.standard_normal(shape)).astype(np.float32)
+
+    def norm(self, name: str, width: int, rms: bool) -> dict[str, np.ndarray]:
+        bias = {} if rms else {f"{name}.bias": self.normal(width, scale=0.1)}
+        return {f"{name}.weight": self.normal(width, scale=0.2, mean=1), **bias}
+
+    def mixer(self, m: str, config: dict[str, Any], heads: int) -> dict[str, np.ndarray]:
+        d, ssm = config["d_model"], config["ssm_cfg"]
+        w, gn = 2 * d, ssm.get("ngroups", 1) * ssm["d_state"]
+        return {
+            m + "in_proj.weight": self.normal(2 * w + 2 * gn + heads, d, scale=d**-0.5),
+            m + "conv1d.weight": self.normal(w + 2 * gn, 1, ssm.get("d_conv", 4), scale=0.5),
+            m + "conv1d.bias": self.normal(w + 2 * gn, scale=0.1),
+            m + "dt_bias": self.normal(heads, mean=-3),
+            m + "A_log": np.log(self.rng.uniform(1, 16, heads)).astype(np.float32),
+            m + "D": self.normal(heads, scale=0.2, mean=1),
+            m + "norm.weight": self.normal(w, scale=0.2, mean=1),
+            m + "out_proj.weight": self.normal(d, w, scale=w**-0.5),
         }
-    return tensors
+
+    def layers(self, prefix: str, config: dict[str, Any], heads: int) -> dict[str, np.ndarray]:
+        tensors = {}
+        for i in range(config["n_layer"]):
+            tensors |= self.norm(f"{prefix}layers.{i}.norm", config["d_model"], config["rms_norm"])
+            tensors |= self.mixer(f"{prefix}layers.{i}.mixer.", config, heads)
+        return tensors
+
+
+def vision_tensors(config: dict[str, Any], *, seed: int = 0, heads: int = 64) -> dict[str, np.ndarray]:
+    """Random weights of a vision model."""
+    make, d = Random(seed), config["d_model"]
+    patches = (config["image_size"] // config["patch_size"]) ** 2
+    return {
+        "patch_embed.proj.weight": make.normal(d, 3, config["patch_size"], config["patch_size"], scale=0.2),
+        "patch_embed.proj.bias": make.normal(d, scale=0.1),
+        "cls_token": make.normal(1, 1, d),
+        "pos_embed": make.normal(1, patches + 1, d, scale=0.5),
+        **make.norm("norm_f", d, config["rms_norm"]),
+        "head.weight": make.normal(config["n_classes"], d, scale=d**-0.5),
+        "head.bias": make.normal(config["n_classes"], scale=0.1),
+        **make.layers("", config, heads),
+    }
+
+
+def language_tensors(config: dict[str, Any], *, seed: int = 0, heads: int = 64) -> dict[str, np.ndarray]:
+    """Random weights of a language model, under the released names, with its tied head."""
+    make, d = Random(seed), config["d_model"]
+    rows = -(-config["vocab_size"] // 8) * 8
+    embedding = make.normal(rows, d, scale=0.5)
+    return {
+        "backbone.embedding.weight": embedding,
+        **make.layers("backbone.", config, heads),
+        **make.norm("backbone.norm_f", d, config["rms_norm"]),
+        "lm_head.weight": embedding.copy(),
+    }
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
@@ -85,6 +119,12 @@ def vision_checkpoint(folder: Path, **options: Any) -> Path:
     """A random MatMamba-Vision checkpoint."""
     config = vision_config(**options)
     return write_checkpoint(folder, config, vision_tensors(config))
+
+
+def language_checkpoint(folder: Path, **options: Any) -> Path:
+    """A random MatMamba language model."""
+    config = language_config(**options)
+    return write_checkpoint(folder, config, language_tensors(config))
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,13 @@ from matexport.planning import View
 from matexport.slice_table import Row, parse_table
 from matexport_plugins.causal_conv1d import reference as conv_reference
 from matexport_plugins.mamba2_scan import reference as scan_reference
+from strategies import row_of
 from support import vision_checkpoint, vision_config, vision_tensors, write_checkpoint
-from upstream import forward
+from upstream import BROKEN
+from upstream import vision as upstream_vision
 
 RNG = np.random.default_rng(7)
 PIXELS = RNG.standard_normal((3, 3, 12, 12)).astype(np.float32)
-
-
-def row_of(dims: list[int | None]) -> Row:
-    """A row that leaves out the layers with None."""
-    skipped = tuple(i for i, dim in enumerate(dims) if dim is None)
-    return Row("row", skipped, mamba=Dims(head=tuple(dim for dim in dims if dim is not None)))
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> float:
@@ -49,16 +45,16 @@ def test_oracle_equals_the_authors_rules(vision: Path, dims: list[int | None]) -
     planned = mx.plan(vision, row_of(dims))
     got = planned.family.load_oracle(planned.checkpoint, planned.plan.layers)({"pixel_values": PIXELS})["logits"]
     config = vision_config()
-    assert relative(got, forward(PIXELS, vision_tensors(config), config, dims)) < 1e-5
+    assert relative(got, upstream_vision(PIXELS, vision_tensors(config), config, dims)) < 1e-5
 
 
-@pytest.mark.parametrize("broken", ["conv_from_tail", "norm_over_full_width", "heads_from_tail"])
+@pytest.mark.parametrize("broken", BROKEN)
 def test_each_rule_matters(vision: Path, broken: str) -> None:
     """Negative controls: with one rule broken, the authors' forward is something else altogether."""
     config = vision_config()
     tensors = vision_tensors(config)
-    right = forward(PIXELS, tensors, config, [16, 16, 16])
-    assert relative(forward(PIXELS, tensors, config, [16, 16, 16], **{broken: True}), right) > 1e-2
+    right = upstream_vision(PIXELS, tensors, config, [16, 16, 16])
+    assert relative(upstream_vision(PIXELS, tensors, config, [16, 16, 16], broken), right) > 1e-2
 
 
 @pytest.mark.parametrize("dims", WIDTHS, ids=str)

@@ -253,11 +253,9 @@ class MatMambaPreTrainedModel(PreTrainedModel):
 class MatMambaConfig(MatMambaBaseConfig):
     model_type = "matmamba"
 
-    def __init__(
-        self, vocab_size: int = 50280, tie_word_embeddings: bool = True, use_cache: bool = True, **kwargs: Any
-    ):
+    def __init__(self, vocab_size: int = 50280, tie_word_embeddings: bool = True, **kwargs: Any):
         self.vocab_size = vocab_size
-        super().__init__(tie_word_embeddings=tie_word_embeddings, use_cache=use_cache, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
 class MatMambaCache:
@@ -345,8 +343,7 @@ class MatMambaForCausalLM(MatMambaPreTrainedModel, GenerationMixin):
         x = self.backbone.norm_f(x[:, -logits_to_keep:].to(head.weight.dtype))
         logits = F.linear(x, head.weight).float()
         loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        keep = self.config.use_cache if use_cache is None else use_cache
-        return MatMambaOutput(loss=loss, logits=logits, cache_params=cache if keep else None)
+        return MatMambaOutput(loss=loss, logits=logits, cache_params=None if use_cache is False else cache)
 
 
 # ---------------------------------------------------------------------------------- the vision model
