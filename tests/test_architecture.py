@@ -18,8 +18,9 @@ PLUGINS = sorted((REPOSITORY / "plugins" / "matexport_plugins").rglob("*.py"))
 # from the ground up; a module may import what stands below it, and its own layer's package
 LAYERS = [
     {"errors", "version"},
-    {"dims"},
-    {"checkpoint", "slice_table"},
+    {"dims", "tensors"},
+    {"pickles", "slice_table"},
+    {"checkpoint"},
     {"planning"},
     {"streaming", "manifest", "pareto"},
     {"card", "writer", "graph"},

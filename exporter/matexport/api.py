@@ -63,18 +63,21 @@ def load_table(path: StrPath) -> Table:
     return read_table(path)
 
 
-def plan(model: StrPath, slice: str | Row | None = None, *, table: StrPath | Table | None = None) -> PlannedSlice:
+def plan(
+    model: StrPath, slice: str | Row | None = None, *, table: StrPath | Table | None = None, allow_pickle: bool = False
+) -> PlannedSlice:
     """Plans a slice of a checkpoint without reading a weight.
 
     Args:
         model: the checkpoint's folder.
         slice: a row, or its name, `#number` or a unique part of its name; None is the whole model.
         table: a slice table; by default `slices.csv` beside the checkpoint, else the packaged one.
+        allow_pickle: also read `pytorch_model.bin`; nothing in it is run.
 
     Raises:
         CheckpointError, TableError: what is wrong, where, and the fix.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     family = family_of(checkpoint)
     known = table_of(checkpoint, family)
     chosen = known if table is None else table if isinstance(table, Table) else read_table(table)
@@ -149,13 +152,15 @@ def verify(
     slice: str | None = None,
     table: StrPath | Table | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
+    allow_pickle: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Compares an artefact with its source; see `matexport.parity.verify.verify_artefact`."""
     from matexport.parity.verify import verify_artefact
 
-    row = plan(source, slice, table=table).row if slice else None
-    return verify_artefact(Path(artefact), open_checkpoint(source), row=row, inputs=inputs, progress=progress)
+    row = plan(source, slice, table=table, allow_pickle=allow_pickle).row if slice else None
+    checkpoint = open_checkpoint(source, allow_pickle=allow_pickle)
+    return verify_artefact(Path(artefact), checkpoint, row=row, inputs=inputs, progress=progress)
 
 
 __all__ = ["PlannedSlice", "build_trt", "export_onnx", "load_table", "plan", "slice", "verify"]

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of `config.json` and safetensors files, opened by their headers only.
+"""Checkpoints: a folder of `config.json` and weight files, opened by their headers only.
 
 Nothing here reads a weight until it is asked for, and nothing trusts a file: every name, offset and
 size is checked before it is used (format: https://github.com/huggingface/safetensors#format).
@@ -19,31 +19,12 @@ from typing import Any
 import numpy as np
 
 from matexport.errors import CheckpointError
+from matexport.pickles import read_pickled
+from matexport.tensors import DTYPES, Tensor, numpy_dtype
 
 MAX_HEADER, MAX_CONFIG, MAX_INDEX = 100 << 20, 16 << 20, 100 << 20
 
-# safetensors name -> (bytes an element, numpy name or None where ml_dtypes has it)
-DTYPES: dict[str, tuple[int, str]] = {
-    "BOOL": (1, "bool"), "U8": (1, "uint8"), "I8": (1, "int8"), "U16": (2, "uint16"), "I16": (2, "int16"),
-    "U32": (4, "uint32"), "I32": (4, "int32"), "U64": (8, "uint64"), "I64": (8, "int64"), "F16": (2, "float16"),
-    "BF16": (2, "bfloat16"), "F32": (4, "float32"), "F64": (8, "float64"),
-}  # fmt: skip
 QUANTISED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """Where one tensor lies: `nbytes` bytes from `start` of `file`, C order."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][0]
 
 
 @dataclass(frozen=True)
@@ -75,18 +56,10 @@ class Checkpoint:
         return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def numpy_dtype(dtype: str) -> np.dtype:
-    """The numpy type of a safetensors dtype name."""
-    if dtype == "BF16":
-        import ml_dtypes
-
-        bfloat16: np.dtype = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
-    return np.dtype(DTYPES[dtype][1])
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Opens a folder with `config.json` and `model.safetensors`, or shards with their index.
+
+    With `allow_pickle`, also one with `pytorch_model.bin`, which is read without running anything.
 
     Raises:
         CheckpointError: file and tensor that are missing, damaged or not supported, and the fix.
@@ -103,15 +76,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         tensors = _read_shards(folder, index)
     elif single.exists():
         tensors = read_header(single)
+    elif (pickled := folder / "pytorch_model.bin").exists():
+        if not allow_pickle:
+            what, fix = (
+                "holds only pickled weights (pytorch_model.bin)",
+                "read them with --allow-pickle: no code is run",
+            )
+            raise CheckpointError(what, where=str(folder), fix=fix)
+        tensors = read_pickled(pickled)
     else:
         others = sorted(p.name for p in folder.glob("*.safetensors"))
-        pickles = [p.name for p in folder.glob("*.bin")]
-        if pickles:
-            what, fix = f"holds only pickled weights ({pickles[0]})", "convert them to safetensors first"
-        elif others:
+        what, fix = "has no model.safetensors", "give a folder with config.json and safetensors files"
+        if others:
             what, fix = "has no model.safetensors.index.json", f"put the index of {others[0]} beside it"
-        else:
-            what, fix = "has no model.safetensors", "give a folder with config.json and safetensors files"
         raise CheckpointError(what, where=str(folder), fix=fix)
     return Checkpoint(folder, config, tensors)
 

@@ -36,21 +36,21 @@ def describe_slice(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What identifies a source without reading its weights: sizes, and digests of config and headers."""
+    """What identifies a source without reading its weights: sizes, digests of config and of each file's layout."""
     return {
         "name": checkpoint.path.resolve().name,
         "config_sha256": file_digest(checkpoint.path / "config.json"),
         "files": {
-            file.name: {"bytes": file.stat().st_size, "header_sha256": _header_digest(file)}
+            file.name: {"bytes": file.stat().st_size, "layout_sha256": _layout_digest(checkpoint, file)}
             for file in checkpoint.files
         },
     }
 
 
-def _header_digest(file: Path) -> str:
-    with file.open("rb") as f:
-        length = f.read(8)
-        return hashlib.sha256(length + f.read(int.from_bytes(length, "little"))).hexdigest()
+def _layout_digest(checkpoint: Checkpoint, file: Path) -> str:
+    """SHA-256 over name, dtype, shape and offset of every tensor in one file."""
+    table = [(t.name, t.dtype, t.shape, t.start) for t in checkpoint.tensors.values() if t.file == file]
+    return hashlib.sha256(json.dumps(sorted(table)).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

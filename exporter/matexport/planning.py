@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from matexport.checkpoint import DTYPES, Tensor
 from matexport.errors import InputError
+from matexport.tensors import DTYPES, Tensor
 
 Ranges = tuple[tuple[int, int], ...]
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from matexport.checkpoint import Checkpoint, numpy_dtype, read_at
+from matexport.checkpoint import Checkpoint, read_at
 from matexport.planning import View
+from matexport.tensors import numpy_dtype
 
 BLOCK = 8 << 20
 DIRECT = 4096  # runs of at least a page are read one by one, shorter ones gathered from whole rows

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from matexport.checkpoint import Checkpoint, numpy_dtype
+from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, InputError, OutputError, UsageError
 from matexport.manifest import FILE, describe_slice, json_bytes
 from matexport.planning import Plan, PlannedTensor
 from matexport.streaming import stream
+from matexport.tensors import numpy_dtype
 
 Progress = Callable[[int], None]  # told how many more bytes have been written
 

@@ -33,6 +33,7 @@ output_option = click.option(
     "-o", "--output", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="Where to write."
 )
 force_option = click.option("--force", is_flag=True, help="Replace an output that is not empty.")
+pickle_option = click.option("--allow-pickle", is_flag=True, help="Also read pytorch_model.bin; nothing in it is run.")
 format_option = click.option(
     "--format",
     "style",

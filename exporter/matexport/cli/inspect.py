@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from matexport.checkpoint import open_checkpoint
-from matexport.cli.common import echo_json, format_option, hint, human_bytes, model_option
+from matexport.cli.common import echo_json, format_option, hint, human_bytes, model_option, pickle_option
 from matexport.errors import printable
 from matexport.families import family_of
 from matexport.families.rows import WHOLE
@@ -18,8 +18,9 @@ from matexport.manifest import manifest_path, read_manifest
 
 @click.command()
 @model_option
+@pickle_option
 @format_option
-def command(model: str, style: str) -> None:
+def command(model: str, allow_pickle: bool, style: str) -> None:
     """Says what a checkpoint, an ONNX folder or an engine is, and where it came from.
 
     \b
@@ -31,7 +32,7 @@ def command(model: str, style: str) -> None:
     manifest = read_manifest(path) if manifest_path(path).is_file() else None
     found = _artefact(manifest) if manifest else {"kind": "checkpoint"}
     if found["kind"] == "checkpoint":
-        found |= _checkpoint(path)
+        found |= _checkpoint(path, allow_pickle)
     if style == "json":
         echo_json(found)
     else:
@@ -42,8 +43,8 @@ def command(model: str, style: str) -> None:
         hint("verify", "-m", model, "--source", "SOURCE")
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
-    checkpoint = open_checkpoint(path)
+def _checkpoint(path: Path, allow_pickle: bool) -> dict[str, Any]:
+    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
     family = family_of(checkpoint)
     plan = family.plan_slice(checkpoint, WHOLE, None)
     return {

@@ -13,6 +13,7 @@ from matexport.cli.common import (
     model_option,
     note,
     output_option,
+    pickle_option,
     progress_bar,
     slice_option,
     table_option,
@@ -22,6 +23,7 @@ from matexport.targets import FORMS, TARGETS
 
 @click.command()
 @model_option
+@pickle_option
 @table_option
 @slice_option
 @output_option
@@ -32,7 +34,14 @@ from matexport.targets import FORMS, TARGETS
 @click.option("--form", type=click.Choice(FORMS), help="How the scan appears in the graph.  [the target's]")
 @force_option
 def command(
-    model: str, table: str | None, row: str | None, output: Path, target: str, form: str | None, force: bool
+    model: str,
+    allow_pickle: bool,
+    table: str | None,
+    row: str | None,
+    output: Path,
+    target: str,
+    form: str | None,
+    force: bool,
 ) -> None:
     """Writes ONNX from a full checkpoint and a row, or from a sliced checkpoint.
 
@@ -44,7 +53,7 @@ def command(
       matexport onnx -m checkpoint -s half -o half-onnx
       matexport onnx -m half -o half.onnx --form stock
     """
-    planned = api.plan(model, row, table=table)
+    planned = api.plan(model, row, table=table, allow_pickle=allow_pickle)
     for text in planned.plan.notes:
         note(text)
     with progress_bar("writing", planned.plan.nbytes) as progress:

@@ -17,6 +17,7 @@ from matexport.cli.common import (
     human_bytes,
     model_option,
     note,
+    pickle_option,
     progress_bar,
     slice_option,
     table_option,
@@ -25,6 +26,7 @@ from matexport.cli.common import (
 
 @click.command()
 @model_option
+@pickle_option
 @table_option
 @slice_option
 @click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="Where to write.")
@@ -36,8 +38,8 @@ from matexport.cli.common import (
 @force_option
 @format_option
 def command(
-    model: str, table: str | None, row: str | None, output: Path | None, dry_run: bool, max_shard_size: int | None,
-    strict: bool, force: bool, style: str,
+    model: str, allow_pickle: bool, table: str | None, row: str | None, output: Path | None, dry_run: bool,
+    max_shard_size: int | None, strict: bool, force: bool, style: str,
 ) -> None:  # fmt: skip
     """Writes one row of a slice table as a standalone checkpoint; without -s, the whole model.
 
@@ -46,7 +48,7 @@ def command(
       matexport slice -m checkpoint -s half -o half
       matexport slice -m checkpoint -s '#3' --dry-run --format json
     """
-    planned = api.plan(model, row, table=table)
+    planned = api.plan(model, row, table=table, allow_pickle=allow_pickle)
     plan = planned.plan
     for text in plan.notes:
         note(text)

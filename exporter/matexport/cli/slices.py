@@ -15,6 +15,7 @@ from matexport.cli.common import (
     human_bytes,
     model_option,
     note,
+    pickle_option,
     table_option,
 )
 from matexport.errors import TableError
@@ -25,6 +26,7 @@ from matexport.slice_table import read_table
 
 @click.command()
 @model_option
+@pickle_option
 @table_option
 @click.option(
     "--fit", callback=BYTES, metavar="SIZE", help="Choose the best row of at most this many bytes (200KB, 3GB, 1GiB)."
@@ -40,7 +42,13 @@ from matexport.slice_table import read_table
 )
 @format_option
 def command(
-    model: str, table: str | None, fit: int | None, fit_params: int | None, metric: str | None, style: str
+    model: str,
+    allow_pickle: bool,
+    table: str | None,
+    fit: int | None,
+    fit_params: int | None,
+    metric: str | None,
+    style: str,
 ) -> None:
     """Lists the rows of a slice table with their exact sizes for this model, from the headers alone.
 
@@ -52,7 +60,7 @@ def command(
       matexport slices -m checkpoint --fit 200KB --format json
       matexport slices -m checkpoint -c my.csv --metric perplexity:min
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     family = family_of(checkpoint)
     known = table_of(checkpoint, family)
     chosen = read_table(table) if table else known

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from matexport import api
-from matexport.cli.common import echo_json, format_option, model_option, slice_option, table_option
+from matexport.cli.common import echo_json, format_option, model_option, pickle_option, slice_option, table_option
 from matexport.errors import InputError, MismatchError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_option
+@pickle_option
 @click.option("--source", required=True, metavar="FOLDER", help="The checkpoint that it was made from.")
 @table_option
 @slice_option
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
 @click.option("--report", metavar="FILE", type=click.Path(path_type=Path), help="Also write the report as Markdown.")
 @format_option
 def command(
-    model: str, source: str, table: str | None, row: str | None, inputs: Path | None, report: Path | None, style: str
+    model: str,
+    allow_pickle: bool,
+    source: str,
+    table: str | None,
+    row: str | None,
+    inputs: Path | None,
+    report: Path | None,
+    style: str,
 ) -> None:
     """Proves that an artefact is a slice of its source and computes the same function.
 
@@ -40,7 +48,9 @@ def command(
       matexport verify -m half --source checkpoint
       matexport verify -m half-onnx --source checkpoint --inputs golden.npz --format json
     """
-    found = api.verify(model, source, slice=row, table=table, inputs=_load(inputs), progress=_say)
+    found = api.verify(
+        model, source, slice=row, table=table, inputs=_load(inputs), allow_pickle=allow_pickle, progress=_say
+    )
     markdown = found.to_markdown()
     if report:
         report.write_text(markdown)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from matexport.checkpoint import Checkpoint, numpy_dtype
+from matexport.checkpoint import Checkpoint
 from matexport.manifest import file_digest
 from matexport.parity.comparison import Comparison
 from matexport.planning import PlannedTensor
 from matexport.streaming import stream, stream_transposed
+from matexport.tensors import numpy_dtype
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matexport.checkpoint import Checkpoint, Tensor
+from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, TableError
 from matexport.families.matmamba import containers
 from matexport.families.matmamba.containers import EMBEDDINGS, EXPAND, HEAD, SSM_REQUIRED, is_tied, size_of
 from matexport.families.rows import kept_layers, widths_of
 from matexport.planning import KeptLayer, Plan, PlannedTensor, View, blocks, part, whole
 from matexport.slice_table import MAMBA, TITLES, Row, Table
+from matexport.tensors import Tensor
 
 PACKAGED = {  # (kind, d_model, layers) -> table
     ("vision", 64, 4): "matmamba-digits.csv",
