@@ -23,7 +23,7 @@ LAYERS = [
     {"checkpoint"},
     {"planning"},
     {"streaming", "manifest", "pareto"},
-    {"card", "writer", "graph"},
+    {"card", "tokenizer", "writer", "graph"},
     {"families", "targets"},
     {"onnx", "tensorrt", "runtimes"},
     {"parity", "hf"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from matexport.families.rows import WHOLE
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import target_named
+from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
 
 if TYPE_CHECKING:
@@ -46,14 +47,23 @@ class PlannedSlice:
         max_shard_size: int | None = None,
         force: bool = False,
         strict: bool = False,
+        tokenizer: StrPath | None = None,
         progress: Progress = _silent,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Writes the standalone checkpoint; see `matexport.writer.write_checkpoint` for arguments and errors."""
-        files = self.family.custom_code(self.plan)
-        files["README.md"] = model_card(self.plan, self.row, self.checkpoint, self.family.card(self.plan)).encode()
+        """Writes the standalone checkpoint; see `matexport.writer.write_checkpoint` for arguments and errors.
+
+        Args:
+            tokenizer: a folder whose tokenizer files go along, and whose special ids go into config.json.
+        """
+        plan = self.plan
+        files = self.family.custom_code(plan)
+        if tokenizer is not None:
+            files |= tokenizer_files(Path(tokenizer))
+            plan = replace(plan, config={**plan.config, **special_ids(Path(tokenizer))})
+        files["README.md"] = model_card(plan, self.row, self.checkpoint, self.family.card(plan)).encode()
         write_checkpoint(
-            self.checkpoint, self.plan, Path(output), files=files, max_shard_size=max_shard_size, force=force,
+            self.checkpoint, plan, Path(output), files=files, max_shard_size=max_shard_size, force=force,
             strict=strict, progress=progress, warn=warn,
         )  # fmt: skip
 

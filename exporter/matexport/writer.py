@@ -229,7 +229,8 @@ def write_checkpoint(
             index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             put("model.safetensors.index.json", [json_bytes(index)])
         for path in companions(checkpoint.path):
-            put(path.name, _blocks_of(path))
+            if path.name not in files:
+                put(path.name, _blocks_of(path))
         for name, data in files.items():
             put(name, [data])
         if unusual and strict:

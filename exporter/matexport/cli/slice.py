@@ -34,12 +34,13 @@ from matexport.cli.common import (
 @click.option(
     "--max-shard-size", callback=BYTES, metavar="SIZE", help="Most bytes of tensors in a file (5GB).  [one file]"
 )
+@click.option("--tokenizer", metavar="FOLDER", help="Tokenizer files to put along, for checkpoints that have none.")
 @click.option("--strict", is_flag=True, help="NaN or infinity in a kept tensor is an error.")
 @force_option
 @format_option
 def command(
     model: str, allow_pickle: bool, table: str | None, row: str | None, output: Path | None, dry_run: bool,
-    max_shard_size: int | None, strict: bool, force: bool, style: str,
+    max_shard_size: int | None, tokenizer: str | None, strict: bool, force: bool, style: str,
 ) -> None:  # fmt: skip
     """Writes one row of a slice table as a standalone checkpoint; without -s, the whole model.
 
@@ -65,7 +66,10 @@ def command(
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
     with progress_bar("writing", plan.nbytes) as progress:
-        planned.write(output, max_shard_size=max_shard_size, force=force, strict=strict, progress=progress, warn=note)
+        planned.write(
+            output, max_shard_size=max_shard_size, force=force, strict=strict, tokenizer=tokenizer, progress=progress,
+            warn=note,
+        )  # fmt: skip
     if style == "json":
         echo_json(
             {"output": str(output), "parameters": plan.parameters, "bytes": plan.nbytes, "notes": list(plan.notes)}

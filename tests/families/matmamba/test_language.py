@@ -278,3 +278,23 @@ def test_onnx_is_refused_for_now(language: Path, tmp_path: Path) -> None:
     result = matexport("onnx", "-m", language, "-o", tmp_path / "out")
     assert result.code == 2
     assert "language models cannot be exported to ONNX yet" in result.stderr
+
+
+def test_a_tokenizer_of_ones_own(language: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    end = {"id": 7, "content": "<end>", "special": True}
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [end, {"id": 3, "content": "<pad>"}]}))
+    names = {"eos_token": "<end>", "bos_token": {"content": "<end>"}, "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "weights.bin").write_text("not copied")
+    command = ["slice", "-m", language, "-o", tmp_path / "out", "--tokenizer"]
+    assert matexport(*command, folder).code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [config[f"{kind}_token_id"] for kind in ("eos", "bos", "pad")] == [7, 7, 3]
+    assert {"tokenizer.json", "tokenizer_config.json"} <= content(tmp_path / "out").keys()
+    assert "weights.bin" not in content(tmp_path / "out")
+    assert mx.verify(tmp_path / "out", language).passed
+    result = matexport(*command, tmp_path / "nothing", "--force")
+    assert result.code == 4
+    assert "holds no tokenizer files" in result.stderr
