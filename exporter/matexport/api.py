@@ -135,8 +135,9 @@ def export_onnx(
 
     chosen = target_named(target, "onnx", form)
     planned = model if isinstance(model, PlannedSlice) else plan(model, slice, table=table)
-    graph = planned.family.build_graph(planned.plan)
-    write_onnx(planned.checkpoint, planned.plan, graph, Path(output), target=chosen, force=force, progress=progress)
+    exported = planned.plan.cast(chosen.dtype)
+    graph = planned.family.build_graph(exported)
+    write_onnx(planned.checkpoint, exported, graph, Path(output), target=chosen, force=force, progress=progress)
 
 
 def build_trt(

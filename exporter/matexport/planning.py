@@ -217,6 +217,12 @@ class Plan:
         """Bytes of the tensors (a file adds its header)."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def cast(self, dtype: str) -> Plan:
+        """The same plan with every float tensor stored as `dtype`."""
+        floats = ("F16", "BF16", "F32", "F64")
+        tensors = {n: PlannedTensor(dtype if t.dtype in floats else t.dtype, t.view) for n, t in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "family": self.family,

@@ -14,20 +14,22 @@ class Target:
     Attributes:
         kind: the artefact, "onnx" or "engine".
         form: how the scan appears in the graph; "stock" is ai.onnx operators alone.
+        dtype: what float weights are cast to.
     """
 
     name: str
     kind: str
     form: str
+    dtype: str
     summary: str
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("portable", "onnx", "stock", "ai.onnx operators only: onnxruntime >= 1.20, any ONNX runtime"),
-        Target("rtx", "engine", "stock", "TensorRT-RTX engine for RTX GPUs, built without a GPU"),
-        Target("tensorrt", "engine", "stock", "TensorRT engine for the GPU of this machine"),
+        Target("portable", "onnx", "stock", "F32", "ai.onnx operators only: onnxruntime >= 1.20, any ONNX runtime"),
+        Target("rtx", "engine", "stock", "F32", "TensorRT-RTX engine for RTX GPUs, built without a GPU"),
+        Target("tensorrt", "engine", "stock", "F32", "TensorRT engine for the GPU of this machine"),
     )
 }
 FORMS = ("stock",)

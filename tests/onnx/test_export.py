@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -16,7 +17,7 @@ from matexport.checkpoint import open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import UsageError
 from matexport.slice_table import Row
-from support import content, matexport, vision_checkpoint
+from support import content, matexport, vision_checkpoint, vision_config, vision_tensors, write_checkpoint
 
 ROW = Row("mixed", skipped=(1,), mamba=Dims(head=(32, 5)))
 
@@ -126,3 +127,21 @@ def test_usage(vision: Path, tmp_path: Path, options: list[str], message: str) -
     assert result.code == 2
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_other_dtypes_are_cast_to_float32(tmp_path: Path, dtype: str) -> None:
+    """The cast is recorded, the slice keeps its dtype, and both are verified against the source in fp32."""
+    config = vision_config()
+    tensors = {name: array.astype(getattr(ml_dtypes, dtype, dtype)) for name, array in vision_tensors(config).items()}
+    source = write_checkpoint(tmp_path / "c", config, tensors)
+    planned = mx.plan(source, ROW)
+    planned.write(tmp_path / "slice")
+    mx.export_onnx(planned, tmp_path / "onnx")
+    manifest = json.loads((tmp_path / "onnx" / "matexport.json").read_text())
+    assert {weight["dtype"] for weight in manifest["weights"].values()} == {"F32"}
+    short = {"float16": "F16", "bfloat16": "BF16", "float64": "F64"}[dtype]
+    assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "slice").tensors.values()} == {short}
+    for name in ("slice", "onnx"):
+        report = mx.verify(tmp_path / name, source)
+        assert report.passed, report.to_markdown()

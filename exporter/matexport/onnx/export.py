@@ -17,6 +17,7 @@ from matexport.manifest import FILE, describe_slice, json_bytes
 from matexport.planning import Plan
 from matexport.streaming import stream, stream_transposed
 from matexport.targets import Target
+from matexport.tensors import numpy_dtype
 from matexport.version import __version__
 from matexport.writer import Files, Progress, check_space, companions, staged_folder, write_blocks
 
@@ -125,7 +126,7 @@ def _weight_blocks(checkpoint: Checkpoint, weights: list[Weight], offsets: dict[
         offset = offsets[str(weight.value.name)]
         if offset > position:
             yield bytes(offset - position)
-        view = weight.tensor.view
+        view, dtype = weight.tensor.view, numpy_dtype(weight.tensor.dtype)
         for block in stream_transposed(checkpoint, view) if weight.transposed else stream(checkpoint, view):
-            yield block.view(np.uint8)
+            yield block.astype(dtype, copy=False).view(np.uint8)
         position = offset + weight.tensor.nbytes

@@ -40,6 +40,7 @@ def prove_tensor(name: str, stored: Stored, planned: PlannedTensor | None, sourc
     blocks = stream_transposed(source, view) if stored.transposed else stream(source, view)
     max_abs, scale, equal = 0.0, 0.0, True
     for got, want in _pairs(stored, blocks):
+        want = want.astype(got.dtype, copy=False)
         if len(got) != len(want):
             return Comparison(name, "provenance", False, 0.0, detail="the file ends early")
         if got.tobytes() != want.tobytes():
@@ -60,7 +61,7 @@ def _pairs(stored: Stored, blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.nd
     with stored.file.open("rb") as f:
         f.seek(stored.start)
         for want in blocks:
-            data = f.read(want.nbytes)
+            data = f.read(len(want) * dtype.itemsize)
             yield np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype), want
 
 

@@ -18,6 +18,7 @@ from matexport.parity.provenance import Stored, prove_files, prove_tensor
 from matexport.parity.report import Report
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.slice_table import FFN, Row
+from matexport.targets import target_named
 
 SAMPLES, SEED = 8, 0
 
@@ -163,7 +164,8 @@ def _check_onnx(
             transposed = bool(manifest["weights"][initializer.name].get("transposed"))
             data = file.parent / Path(entries["location"]).name
             stored[initializer.name] = Stored(recorded[initializer.name], data, int(entries["offset"]), transposed)
-    found = _prove(stored, {name: t for name, t in plan.tensors.items() if name in recorded}, source)
+    planned = plan.cast(target_named(manifest.get("target", ""), "onnx").dtype).tensors
+    found = _prove(stored, {name: tensor for name, tensor in planned.items() if name in recorded}, source)
     got = load_onnx(file)(inputs)
     return found + _compare_outputs("onnx", got, want)
 
