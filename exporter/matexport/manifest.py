@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from matexport.checkpoint import Checkpoint, read_json
 from matexport.errors import InputError
-from matexport.planning import Plan, PlannedTensor
+from matexport.planning import Plan, PlannedTensor, compose
 from matexport.version import __version__
 
 FILE = "matexport.json"
@@ -20,8 +21,11 @@ MAX_MANIFEST = 64 << 20
 
 
 def describe_slice(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The part of a manifest that every artefact of a slice shares: family, row, layers and source."""
-    return {
+    """The part of a manifest that every artefact of a slice shares: family, row, layers and source.
+
+    If the source is itself a slice, `origin` says the same relative to the checkpoint that it was cut from.
+    """
+    described = {
         "matexport": __version__,
         "family": plan.family,
         "slice": {
@@ -33,6 +37,29 @@ def describe_slice(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "source": describe_source(checkpoint),
     }
+    if (checkpoint.path / FILE).is_file():
+        described["origin"] = _origin(plan, read_manifest(checkpoint.path), str(checkpoint.path))
+    return described
+
+
+def _origin(plan: Plan, manifest: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a plan is, relative to the origin of its source, whose manifest is given."""
+    base = manifest.get("origin", manifest)
+    views = kept_tensors(base, "tensors", where)
+    try:
+        layers, skipped = base["slice"]["layers"], base["slice"]["skipped"]
+        record = {
+            "name": plan.name,
+            "layers": [{"source": layers[layer.source]["source"], "width": layer.width} for layer in plan.layers],
+            "skipped": sorted([*skipped, *(layers[i]["source"] for i in plan.skipped)]),
+        }
+        tensors = {
+            name: replace(tensor, view=compose(tensor.view, views[tensor.view.source].view)).to_json()
+            for name, tensor in plan.tensors.items()
+        }
+    except (KeyError, IndexError, TypeError, ValueError) as e:
+        raise InputError(f"manifest does not fit the checkpoint: {e!r}", where=where, fix="slice it again") from None
+    return {"slice": record, "source": base["source"], "tensors": tensors}
 
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -66,7 +93,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def json_bytes(value: Any) -> bytes:
     """JSON as we write it: indented, keys in the order given, a newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def manifest_path(artefact: Path) -> Path:
@@ -84,9 +111,28 @@ def read_manifest(artefact: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"has no manifest ({path.name})", where=str(artefact), fix="give what matexport wrote")
     manifest = read_json(path, MAX_MANIFEST)
-    if not isinstance(manifest.get("kind"), str) or not isinstance(manifest.get("files"), dict):
+    files = manifest.get("files")
+    sound = isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values())
+    if not isinstance(manifest.get("kind"), str) or not sound:
         raise InputError("is not a manifest of matexport", where=str(path), fix="write the artefact again")
     return manifest
+
+
+def file_problems(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """For every file of an artefact what is wrong with it; empty text if it is the one that was written."""
+    folder, found = manifest_path(artefact).parent, {}
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            found[name] = "the file is missing"
+        elif path.stat().st_size != entry.get("bytes") or file_digest(path) != entry.get("sha256"):
+            found[name] = "was changed after it was written"
+        else:
+            found[name] = ""
+    if artefact.is_dir():
+        known = {*manifest["files"], FILE}
+        found |= {p.name: "is not one of the files that were written" for p in folder.iterdir() if p.name not in known}
+    return found
 
 
 def kept_tensors(manifest: dict[str, Any], key: str, where: str) -> dict[str, PlannedTensor]:

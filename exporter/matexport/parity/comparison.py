@@ -11,6 +11,7 @@ import numpy as np
 # kind -> largest max|got - want| / max|want| that passes; 0 means equal bit for bit
 TOLERANCES = {
     "digest": 0.0,  # a file is the one that was written
+    "config": 0.0,  # config.json and custom code are what the plan says
     "provenance": 0.0,  # only views were taken
     "checkpoint": 0.0,  # same module, same weights: the same operations in the same order
     "decode": 1e-5,  # step by step from states: fp32 in another order of summation
@@ -46,12 +47,14 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         keys = ("name", "kind", "max_abs", "max_rel", "cosine", "top1", "kl", "tolerance", "passed")
-        return {**{key: getattr(self, key) for key in keys}, **({"detail": self.detail} if self.detail else {})}
+        values = {key: getattr(self, key) for key in keys}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return {**finite, **({"detail": self.detail} if self.detail else {})}
 
     @property
     def badness(self) -> tuple[bool, float]:
         """For finding the worst failure: tensors before files, then by relative error, those without one first."""
-        return self.kind != "digest", math.inf if self.max_rel is None else self.max_rel
+        return self.kind not in ("digest", "config"), math.inf if self.max_rel is None else self.max_rel
 
 
 def compare(name: str, kind: str, got: np.ndarray, want: np.ndarray) -> Comparison:

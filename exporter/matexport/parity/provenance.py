@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from matexport.checkpoint import Checkpoint
-from matexport.manifest import file_digest
+from matexport.manifest import file_problems
 from matexport.parity.comparison import Comparison
 from matexport.planning import PlannedTensor
 from matexport.streaming import stream, stream_transposed
@@ -65,15 +65,7 @@ def _pairs(stored: Stored, blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.nd
             yield np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype), want
 
 
-def prove_files(folder: Path, manifest: dict[str, Any]) -> list[Comparison]:
-    """Whether the files of an artefact are those that were written, by their SHA-256."""
-    found = []
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            found.append(Comparison(name, "digest", False, 0.0, detail="the file is missing"))
-        elif path.stat().st_size != entry.get("bytes") or file_digest(path) != entry.get("sha256"):
-            found.append(Comparison(name, "digest", False, 0.0, detail="was changed after it was written"))
-        else:
-            found.append(Comparison(name, "digest", True, 0.0))
-    return found
+def prove_files(artefact: Path, manifest: dict[str, Any]) -> list[Comparison]:
+    """Whether the files of an artefact are those that were written, by their SHA-256, and no others."""
+    problems = file_problems(artefact, manifest)
+    return [Comparison(name, "digest", not problem, 0.0, detail=problem) for name, problem in problems.items()]

@@ -42,26 +42,30 @@ class Report:
         """A report with one line for each output, and one for all tensors or files that agree."""
         verdict = "passed" if self.passed else "FAILED"
         lines = [
-            f"# Parity of `{printable(self.artefact)}`: {verdict}",
+            f"# Parity of `{_cell(self.artefact)}`: {verdict}",
             "",
-            f"Slice `{printable(self.slice_name)}` of `{printable(self.source)}`.",
+            f"Slice `{_cell(self.slice_name)}` of `{_cell(self.source)}`.",
             "",
             "| comparison | kind | max abs | max rel | cosine | top-1 | KL | tolerance | |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
-        for kind in ("provenance", "digest"):
+        for kind, what in (("provenance", "tensors"), ("digest", "files"), ("config", "files")):
             good = [c for c in self.comparisons if c.kind == kind and c.passed]
             if good:
-                what = "tensors" if kind == "provenance" else "files"
                 lines.append(f"| {len(good)} {what} | {kind} | | | | | | bitwise | ok |")
         for c in self.comparisons:
-            if c.kind not in ("provenance", "digest") or not c.passed:
+            if c.kind not in ("provenance", "digest", "config") or not c.passed:
                 numbers = " | ".join(_short(v) for v in (c.max_abs, c.max_rel, c.cosine, c.top1, c.kl))
                 tolerance = "bitwise" if c.tolerance == 0 else f"{c.tolerance:g}"
-                outcome = "ok" if c.passed else f"**FAILED** {printable(c.detail)}"
-                lines.append(f"| {printable(c.name)} | {c.kind} | {numbers} | {tolerance} | {outcome} |")
+                outcome = "ok" if c.passed else f"**FAILED** {_cell(c.detail)}"
+                lines.append(f"| {_cell(c.name)} | {c.kind} | {numbers} | {tolerance} | {outcome} |")
         return "\n".join([*lines, ""])
 
 
 def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.6f}" if 0.1 <= abs(value) <= 1 else f"{value:.2g}"
+
+
+def _cell(text: str) -> str:
+    """Text from a file as it can stand in one cell of a table."""
+    return printable(" ".join(text.split())).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
 from matexport.families import Family, family_of
-from matexport.manifest import kept_tensors, manifest_path, read_manifest
+from matexport.manifest import describe_source, kept_tensors, manifest_path, read_manifest
 from matexport.parity.comparison import Comparison, compare
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
 from matexport.parity.report import Report
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.slice_table import FFN, Row
 from matexport.targets import target_named
+from matexport.version import __version__
 
 SAMPLES, SEED = 8, 0
 
@@ -46,7 +48,8 @@ def verify_artefact(
     """
     family = family_of(source)
     manifest = _manifest(artefact, row)
-    plan = family.plan_slice(source, row or _row_of(manifest, family, artefact), None)
+    record = _record(manifest, source)
+    plan = family.plan_slice(source, row or _row_of(manifest, record, family, artefact), None)
     samples = family.sample_inputs(source.config, SAMPLES, SEED)
     inputs = samples if inputs is None else _checked(inputs, samples)
     progress("the oracle")
@@ -56,9 +59,10 @@ def verify_artefact(
     if check is None:
         raise InputError(f"cannot verify an artefact of kind {kind!r}", where=str(artefact), fix="update matexport")
     progress(f"the {kind}")
-    files = prove_files(manifest_path(artefact).parent, manifest)
+    files = prove_files(artefact, manifest) if "matexport" in manifest else []
+    subject = Subject(artefact, manifest, record, source, family, plan)
     try:
-        found = check(artefact, manifest, source, family, plan, inputs, want)
+        found = check(subject, inputs, want)
     except InputError as e:
         if all(comparison.passed for comparison in files):
             raise
@@ -73,6 +77,8 @@ def _checked(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]
             fix = f"the inputs are {', '.join(samples)}"
             raise InputError(f"input {name!r} is missing", where="--inputs", fix=fix)
         array = inputs[name]
+        if array.dtype.kind not in "fiub":
+            raise InputError(f"input {name!r} holds no numbers", where="--inputs", fix="give a batch of real inputs")
         if array.shape[1:] != sample.shape[1:] or not array.shape or not array.shape[0]:
             what = f"input {name!r} has shape {array.shape}, (any, {', '.join(map(str, sample.shape[1:]))}) expected"
             raise InputError(what, where="--inputs", fix="give a batch of the model's own inputs")
@@ -85,10 +91,19 @@ def _manifest(artefact: Path, row: Row | None) -> dict[str, Any]:
     return read_manifest(artefact)
 
 
-def _row_of(manifest: dict[str, Any], family: Family, artefact: Path) -> Row:
+def _record(manifest: dict[str, Any], source: Checkpoint) -> dict[str, Any]:
+    """What the manifest says relative to `source`: its direct source, or the origin of that."""
+    origin = manifest.get("origin")
+    given = describe_source(source)["files"]
+    if isinstance(origin, dict) and manifest.get("source", {}).get("files") != given:
+        return {**manifest, **origin}
+    return manifest
+
+
+def _row_of(manifest: dict[str, Any], described: dict[str, Any], family: Family, artefact: Path) -> Row:
     """The row that a manifest describes, as if from a table."""
     try:
-        record = manifest["slice"]
+        record = described["slice"]
         widths = Dims(head=tuple(int(layer["width"]) for layer in record["layers"]))
         skipped = tuple(map(int, record["skipped"]))
         name, family_name = str(record["name"]), manifest["family"]
@@ -106,17 +121,22 @@ def _row_of(manifest: dict[str, Any], family: Family, artefact: Path) -> Row:
 Outputs = Mapping[str, np.ndarray]
 
 
-def _check_checkpoint(
-    artefact: Path,
-    manifest: dict[str, Any],
-    source: Checkpoint,
-    family: Family,
-    plan: Plan,
-    inputs: Outputs,
-    want: Outputs,
-) -> list[Comparison]:
-    standalone = open_checkpoint(artefact)
-    recorded = kept_tensors(manifest, "tensors", str(artefact)) if "tensors" in manifest else {}
+@dataclass(frozen=True)
+class Subject:
+    """What is verified: an artefact, what its manifest says relative to the source, and what it should be."""
+
+    artefact: Path
+    manifest: dict[str, Any]
+    record: dict[str, Any]
+    source: Checkpoint
+    family: Family
+    plan: Plan
+
+
+def _check_checkpoint(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
+    plan, family = subject.plan, subject.family
+    standalone = open_checkpoint(subject.artefact)
+    recorded = kept_tensors(subject.record, "tensors", str(subject.artefact)) if "tensors" in subject.record else {}
     stored = {}
     for name, tensor in standalone.tensors.items():
         planned = plan.tensors.get(name)
@@ -124,7 +144,7 @@ def _check_checkpoint(
         if view.shape != tensor.shape:
             view = whole(tensor)
         stored[name] = Stored(PlannedTensor(tensor.dtype, view), tensor.file, tensor.start)
-    found = _prove(stored, plan.tensors, source)
+    found = [*_prove(stored, plan.tensors, subject.source), *_check_config(subject, standalone)]
     if all(comparison.passed for comparison in found):  # else the model may not even load
         got = family.load_slice(standalone)(inputs)
         found += _compare_outputs("checkpoint", got, want)
@@ -134,55 +154,51 @@ def _check_checkpoint(
     return found
 
 
+def _check_config(subject: Subject, standalone: Checkpoint) -> list[Comparison]:
+    """config.json says what the plan says, and the custom code is ours; a tokenizer may add its ids."""
+    found = []
+    for key, value in subject.plan.config.items():
+        if not key.endswith("_token_id") and standalone.config.get(key) != value:
+            detail = f"{key} is {standalone.config.get(key)!r}, {value!r} expected"
+            found.append(Comparison("config.json", "config", False, 0.0, detail=detail))
+    if subject.manifest.get("matexport", __version__) == __version__:
+        for name, code in subject.family.custom_code(subject.plan).items():
+            path = subject.artefact / name
+            if not path.is_file() or path.read_bytes() != code:
+                found.append(Comparison(name, "config", False, 0.0, detail="is not the code of this version"))
+    return found or [Comparison("config.json", "config", True, 0.0)]
+
+
 def _compare_outputs(kind: str, got: Outputs, want: Outputs) -> list[Comparison]:
     """Every output with the oracle's, and what was decoded step by step with what was computed at once."""
-    found = [compare(name, kind, got[name], want[name]) for name in want]
-    steps = [name for name in want if name.startswith("decode.")]
+    missing = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in want if name not in got]
+    found = missing + [compare(name, kind, got[name], want[name]) for name in want if name in got]
+    steps = [name for name in got if name.startswith("decode.") and name in want]
     return found + [compare(name, "decode", got[name], want[name.removeprefix("decode.")]) for name in steps]
 
 
-def _check_onnx(
-    artefact: Path,
-    manifest: dict[str, Any],
-    source: Checkpoint,
-    family: Family,
-    plan: Plan,
-    inputs: Outputs,
-    want: Outputs,
-) -> list[Comparison]:
-    import onnx
+def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
+    from matexport.runtimes.ort import load_onnx, stored_weights
 
-    from matexport.runtimes.ort import load_onnx
-
+    artefact, record = subject.artefact, subject.record
     file = artefact if artefact.is_file() else artefact / "model.onnx"
-    recorded = kept_tensors(manifest, "weights", str(artefact))
-    model = onnx.load(file, load_external_data=False)
+    weights = kept_tensors(subject.manifest, "weights", str(artefact))
+    views = kept_tensors(record, "tensors", str(artefact)) if record is not subject.manifest else weights
     stored = {}
-    for initializer in model.graph.initializer:
-        entries = {entry.key: entry.value for entry in initializer.external_data}
-        if entries and initializer.name in recorded:
-            transposed = bool(manifest["weights"][initializer.name].get("transposed"))
-            data = file.parent / Path(entries["location"]).name
-            stored[initializer.name] = Stored(recorded[initializer.name], data, int(entries["offset"]), transposed)
-    planned = plan.cast(target_named(manifest.get("target", ""), "onnx").dtype).tensors
-    found = _prove(stored, {name: tensor for name, tensor in planned.items() if name in recorded}, source)
-    got = load_onnx(file)(inputs)
-    return found + _compare_outputs("onnx", got, want)
+    for name, (data, offset) in stored_weights(file).items():
+        if name in weights and name in views:
+            transposed = bool(subject.manifest["weights"][name].get("transposed"))
+            tensor = PlannedTensor(weights[name].dtype, views[name].view)
+            stored[name] = Stored(tensor, data, offset, transposed)
+    target = target_named(subject.manifest.get("target", ""), "onnx")
+    found = _prove(stored, subject.plan.cast(target.dtype).tensors, subject.source)
+    return found + _compare_outputs("onnx", load_onnx(file)(inputs), want)
 
 
-def _check_engine(
-    artefact: Path,
-    manifest: dict[str, Any],
-    source: Checkpoint,
-    family: Family,
-    plan: Plan,
-    inputs: Outputs,
-    want: Outputs,
-) -> list[Comparison]:
-    from matexport.runtimes.tensorrt import load_engine
+def _check_engine(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
+    from matexport.runtimes.tensorrt import refuse_engine
 
-    got = load_engine(artefact, manifest)(inputs)
-    return _compare_outputs("onnx", got, want)
+    refuse_engine(subject.artefact, subject.manifest)
 
 
 def _prove(stored: Mapping[str, Stored], planned: Mapping[str, PlannedTensor], source: Checkpoint) -> list[Comparison]:

@@ -37,6 +37,31 @@ def load_onnx(file: Path, *, threads: int = 0) -> Callable[[Mapping[str, np.ndar
     names = [output.name for output in session.get_outputs()]
 
     def forward(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        try:
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        except Exception as e:
+            fix = "write the ONNX folder again"
+            raise InputError(f"onnxruntime cannot run it: {e}", where=str(file), fix=fix) from None
 
     return forward
+
+
+def stored_weights(file: Path) -> dict[str, tuple[Path, int]]:
+    """Where the external weights of a model lie: file and offset by name, in the model's own data file only.
+
+    Raises:
+        InputError: the model cannot be read.
+    """
+    import onnx
+
+    try:
+        initializers = onnx.load(file, load_external_data=False).graph.initializer
+    except Exception as e:  # protobuf's errors, and the file system's
+        raise InputError(f"is not an ONNX model: {e}", where=str(file), fix="write the ONNX folder again") from None
+    found = {}
+    for initializer in initializers:
+        place = {entry.key: entry.value for entry in initializer.external_data}
+        data = f"{file.name}_data"
+        if place.get("location") == data and place.get("offset", "0").isdecimal() and (file.parent / data).is_file():
+            found[initializer.name] = (file.parent / data, int(place.get("offset", "0")))
+    return found

@@ -1,21 +1,15 @@
-"""Engines in TensorRT, on the GPU of this machine."""
+"""Engines in TensorRT: this version builds them and does not run them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 from matexport.errors import MissingError
 
-if TYPE_CHECKING:
-    import numpy as np
 
-
-def load_engine(
-    artefact: Path, manifest: dict[str, Any]
-) -> Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]:
-    """Opens an engine. This version cannot run one: raises MissingError with what can be checked instead."""
+def refuse_engine(artefact: Path, manifest: dict[str, Any]) -> NoReturn:
+    """Raises MissingError with what can be checked instead."""
     flavour = manifest.get("tensorrt", {})
     what = f"{flavour.get('flavour')} {flavour.get('version')} engines can be built here, but not run"
     raise MissingError(what, where=str(artefact), fix="verify the ONNX folder that it was built from")
