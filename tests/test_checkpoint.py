@@ -216,9 +216,17 @@ def test_tensors_that_do_not_fit_the_config(tmp_path: Path) -> None:
     refused("unknown ['layers.2", {}, n_layer=2)
     refused("n_layer = True is no size", {}, n_layer=True)
     refused("(1, 10, 64), (1, 5, 64) expected", {}, image_size=8)
-    refused("has d_intermediate = 128", {}, d_intermediate=128)
+    refused("d_intermediate = 128", {}, d_intermediate=128)
     refused("ssm_cfg expand = 1", {}, ssm_cfg={"d_state": 8, "expand": 1})
     refused("is of no family", {"patch_embed.proj.weight": None})
+    refused("image_size 14 is no multiple of patch_size 4", {}, image_size=14)
+    refused("pool = 'max'", {}, pool="max")
+    refused("norm_epsilon = '1e-5'", {}, norm_epsilon="1e-5")
+    refused("ssm_cfg activation = 'relu'", {}, ssm_cfg={"d_state": 8, "activation": "relu"})
+    refused("ssm_cfg chunk_size = 0", {}, ssm_cfg={"d_state": 8, "chunk_size": 0})
+    refused("ssm_cfg dt_limit = 'abc'", {}, ssm_cfg={"d_state": 8, "dt_limit": "abc"})
+    refused("ssm_cfg = [1]", {}, ssm_cfg=[1])
+    refused("has dtype I32", {"head.bias": np.zeros(7, np.int32)})
 
 
 def test_custom_code_is_not_run_and_told(tmp_path: Path) -> None:

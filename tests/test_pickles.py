@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -171,6 +172,16 @@ def test_known_globals_stay_harmless(tmp_path: Path) -> None:
         b"",
     ):
         refused(archive(tmp_path / "odd.bin", data), "damaged pickle|no state dict|not a tensor|torch.save wrote")
+
+
+def test_a_memo_index_costs_no_memory(tmp_path: Path) -> None:
+    """Ten bytes that make a table-based memo grow to gigabytes."""
+    tracemalloc.start()
+    refused(archive(tmp_path / "memo.bin", b"Nr\x00\x00\x00\x08."), "no state dict")
+    refused(archive(tmp_path / "memo.bin", b"Nr\xff\xff\xff\xff."), "no state dict")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 << 20
 
 
 def test_zip_bombs_and_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

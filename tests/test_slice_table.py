@@ -60,6 +60,8 @@ def test_cells(cell: str, count: int, widths: tuple[int, ...] | None) -> None:
         "4294967296",
         "2147483648 * 2",
         "[1] * 2147483648",
+        "[1] * 100000" + " * 1" * 1000,
+        "[1] * 100000" + " + [1] * 0" * 1000,
         "[" * 5000,
         "[1,] * ",
         "[...]",
@@ -154,6 +156,9 @@ def test_variations_of_the_format(text: str) -> None:
         ('name,Layers Skipped\na,"[3, ...]"\n', "not a list of layers"),
         ("name,# Effective Params (B)\na,many\n", "'many' is not a number"),
         ("name,x\na\0,1\n", "NUL"),
+        ("name,Mamba Dim\na,8\n", "'mamba dim' is not known(.|\n)*'Mamba Dims'"),
+        ("name,FFN Hidden Dim\na,8\n", "'FFN Hidden Dims'"),
+        ("name" + ",x" * 2000 + "\na\n", "more than 1000 columns"),
     ],
 )
 def test_refused_tables(text: str, message: str) -> None:

@@ -267,3 +267,62 @@ def test_the_lock_is_on_the_folder_itself(tmp_path: Path) -> None:
     os.close(fd)
     with staged_folder(tmp_path / "out"):
         pass
+
+
+def test_force_replaces_only_what_matexport_wrote(vision: Path, tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="matexport did not write it"):
+        mx.plan(vision, ROW).write(tmp_path / "project", force=True)
+    assert (tmp_path / "project" / "thesis.txt").read_text() == "precious"
+
+
+def test_links_and_folders_in_the_way(vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("precious")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "precious")
+    with pytest.raises(UsageError, match="is a link"):
+        mx.plan(vision, ROW).write(tmp_path / "out")
+    (tmp_path / ".two.old").mkdir()
+    mx.plan(vision, ROW).write(tmp_path / "two")
+    mx.plan(vision, ROW).write(tmp_path / "two", force=True)
+    assert (tmp_path / ".two.old").exists()
+    assert (tmp_path / "precious" / "file").read_text() == "precious"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="while it is in use"):
+        mx.plan(vision, ROW).write(".")
+
+
+def test_an_output_that_appears_during_the_run(vision: Path, tmp_path: Path) -> None:
+    def appear(_: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "other").write_text("precious")
+
+    with pytest.raises(UsageError, match="not empty"):
+        mx.plan(vision, ROW).write(tmp_path / "out", progress=appear)
+    assert (tmp_path / "out" / "other").read_text() == "precious"
+
+
+def test_everything_is_synced_before_the_rename(vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, folder, rename, parent folder: in this order."""
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append("rename"), rename(self, to))[1])
+    mx.plan(vision, ROW).write(tmp_path / "out")
+    names = [Path(event).name for event in events]
+    at = names.index("rename")
+    assert {"model.safetensors", "config.json", "matexport.json", ".out.partial"} <= set(names[:at])
+    assert names[at + 1 :] == [tmp_path.name]
+
+
+def test_model_cards_hold_no_markup_of_others(tmp_path: Path) -> None:
+    source = vision_checkpoint(tmp_path / "c")
+    name = "x |\n# [evil](http://e) `code` <b>**bold**"
+    mx.plan(source, Row(name, metrics={"a|b": "<script>"})).write(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("\n# ") == 1
+    assert "\\[evil\\]" in card
+    assert "<script>" not in card
+    assert "**bold**" not in card

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matexport.card import model_card
 from matexport.checkpoint import Checkpoint, open_checkpoint
-from matexport.errors import TableError
+from matexport.errors import TableError, UsageError
 from matexport.families import Family, family_of, table_of
 from matexport.families.rows import WHOLE
+from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import target_named
@@ -89,20 +92,37 @@ def plan(
     """
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     family = family_of(checkpoint)
-    known = table_of(checkpoint, family)
-    chosen = known if table is None else table if isinstance(table, Table) else read_table(table)
+    chosen, known = choose_table(checkpoint, family, table)
     if isinstance(slice, str):
-        slice = find_row(chosen, checkpoint, slice)
+        slice = need_table(chosen, checkpoint).find(slice)
     row = slice or WHOLE
     return PlannedSlice(checkpoint, family, row, family.plan_slice(checkpoint, row, known))
 
 
-def find_row(table: Table | None, checkpoint: Checkpoint, name: str) -> Row:
-    """The row called `name`. Raises TableError if there is no table for the model, or no such row."""
+def choose_table(
+    checkpoint: Checkpoint, family: Family, table: StrPath | Table | None
+) -> tuple[Table | None, Table | None]:
+    """The table to take rows from, and the model's own one, which knows the trained widths.
+
+    A table that is given counts even where the model's own one cannot be read.
+    """
+    try:
+        known = table_of(checkpoint, family)
+    except TableError:
+        if table is None:
+            raise
+        known = None
+    if table is None:
+        return known, known
+    return (table if isinstance(table, Table) else read_table(table)), known
+
+
+def need_table(table: Table | None, checkpoint: Checkpoint) -> Table:
+    """The table. Raises TableError if there is none for the model."""
     if table is None:
         fix = "give a slice table with -c, or put slices.csv beside the checkpoint"
         raise TableError("no slice table is packaged for this model", where=str(checkpoint.path), fix=fix)
-    return table.find(name)
+    return table
 
 
 def slice(
@@ -134,6 +154,8 @@ def export_onnx(
     from matexport.onnx import write_onnx
 
     chosen = target_named(target, "onnx", form)
+    if isinstance(model, PlannedSlice) and (slice is not None or table is not None):
+        raise UsageError("a planned slice is one row already", fix="leave out slice and table")
     planned = model if isinstance(model, PlannedSlice) else plan(model, slice, table=table)
     exported = planned.plan.cast(chosen.dtype)
     graph = planned.family.build_graph(exported)
@@ -141,19 +163,32 @@ def export_onnx(
 
 
 def build_trt(
-    onnx: StrPath,
+    model: StrPath,
     output: StrPath,
     *,
+    slice: str | None = None,
+    table: StrPath | Table | None = None,
     target: str = "rtx",
     shapes: Mapping[str, Profile] | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Builds an engine from an ONNX folder and returns its manifest; see `matexport.tensorrt.build_engine`."""
+    """Builds an engine from an ONNX folder, or from a checkpoint by way of ONNX, and returns its manifest.
+
+    Raises:
+        UsageError: a row for an ONNX folder, which is one slice already.
+        See also `matexport.tensorrt.build_engine` and `export_onnx`.
+    """
     from matexport.tensorrt import build_engine
 
-    return build_engine(
-        Path(onnx), Path(output), target=target_named(target, "engine"), shapes=shapes or {}, force=force
-    )
+    chosen, model = target_named(target, "engine"), Path(model)
+    build = partial(build_engine, output=Path(output), target=chosen, shapes=shapes or {}, force=force)
+    if manifest_path(model).is_file() and read_manifest(model)["kind"] != "checkpoint":
+        if slice is not None:
+            raise UsageError("an ONNX folder is one slice already", where=str(model), fix="leave out -s")
+        return build(model)
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, Path(folder, "onnx"), slice=slice, table=table)
+        return build(Path(folder, "onnx"), inputs=[model])
 
 
 def verify(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from matexport.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ def model_card(plan: Plan, row: Row, checkpoint: Checkpoint, family: dict[str, A
         "",
         f"# {_inline(source)}, slice {_inline(plan.name)}",
         "",
-        f"A standalone slice of the nested checkpoint `{_inline(source)}`, cut by matexport {__version__}.",
+        f"A standalone slice of the nested checkpoint `{_code(source)}`, cut by matexport {__version__}.",
         "",
         "| | |",
         "|---|---|",
@@ -48,5 +49,10 @@ def model_card(plan: Plan, row: Row, checkpoint: Checkpoint, family: dict[str, A
 
 
 def _inline(text: str) -> str:
-    """Text from a table as it can stand in one line of Markdown."""
-    return printable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    """Text from a table as it can stand in one line of Markdown: nothing in it is markup."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", printable(" ".join(text.split())))
+
+
+def _code(text: str) -> str:
+    """The same between backticks."""
+    return printable(" ".join(text.split())).replace("`", "'")

@@ -95,7 +95,7 @@ class _Cell:
                 raise self.error(f"cannot read {printable(rest[:30])!r}")
             self.tokens.append("..." if match[2] == "…" else match[1] or match[2])
             position = match.end()
-        self.position = 0
+        self.position, self.work = 0, 0
 
     def error(
         self, what: str, fix: str = "write a number, [4096, 8192], [8192] * 20 + [16384] * 5 or [8192, ...]"
@@ -153,7 +153,7 @@ class _Cell:
                 assert isinstance(times, int)
                 if len(items) * times > MAX_LIST:
                     raise self.error(f"list is longer than {MAX_LIST}")
-                value = items * times
+                value = self.bounded(items * times)
             else:
                 raise self.error("a list cannot be multiplied by a list")
         return value
@@ -175,7 +175,8 @@ class _Cell:
                     self.take()
                     value = self.small(value * self.integer())
                 items.append(value)
-            self.bounded(items)
+            if len(items) > MAX_LIST:
+                raise self.error(f"list is longer than {MAX_LIST}")
             if self.peek() != "]":
                 self.take(",")
         self.take("]")
@@ -196,6 +197,8 @@ class _Cell:
         return value
 
     def bounded(self, items: list[int | None]) -> list[int | None]:
-        if len(items) > MAX_LIST:
+        """A list that was built, if it is not too long and not too much was built before it."""
+        self.work += len(items)
+        if len(items) > MAX_LIST or self.work > 10 * MAX_LIST:
             raise self.error(f"list is longer than {MAX_LIST}")
         return items

@@ -83,7 +83,7 @@ def _refuse(path: Path, what: str, fix: str) -> NoReturn:
     raise CheckpointError(what, where=str(path), fix=fix) from None
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the C one grows its memo to any index that a pickle names
     """Knows five globals, all of them harmless; everything else is refused by name."""
 
     def __init__(self, file: io.BytesIO, path: Path):

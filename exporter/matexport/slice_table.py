@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from matexport.dims import MAX_CELL, Dims, parse_dims
 from matexport.errors import TableError
 
-MAX_FILE, MAX_ROWS = 16 << 20, 10_000
+MAX_FILE, MAX_ROWS, MAX_COLUMNS = 16 << 20, 10_000, 1000
 
 NAME, LAYERS, EFFECTIVE = "name", "# layers", "# effective params (b)"
 FFN, SKIPPED, MAMBA = "ffn hidden dims", "layers skipped", "mamba dims"
@@ -150,11 +150,19 @@ def parse_table(text: str, path: str = "table") -> Table:
 
 def _header(cells: Sequence[str], path: str) -> list[tuple[str, str]]:
     """(key, title) of each column; the key is the title without case, an empty title is a trailing comma."""
+    if len(cells) > MAX_COLUMNS:
+        raise TableError(f"has more than {MAX_COLUMNS} columns", where=path, fix="remove some")
     columns = [(title.strip().casefold(), title.strip()) for title in cells]
     keys = [key for key, _ in columns if key]
+    seen: set[str] = set()
     for key in keys:
-        if keys.count(key) > 1:
+        if key in seen:
             raise TableError(f"column {key!r} occurs twice", where=path, fix="remove one of them")
+        seen.add(key)
+        near = difflib.get_close_matches(key, TITLES, n=1, cutoff=0.8) if len(key) < 40 and NAME in keys else []
+        if near and key not in TITLES:
+            fix = f"rename it to {TITLES[near[0]]!r}, or to something less alike if it is a metric"
+            raise TableError(f"column {key!r} is not known", where=path, fix=fix)
     if NAME not in keys:
         near = difflib.get_close_matches(NAME, keys, n=1)
         fix = (

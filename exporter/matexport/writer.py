@@ -46,23 +46,26 @@ def staged_folder(output: Path, *, force: bool = False, inputs: Iterable[Path] =
     It is locked while it is written, removed if the block fails, and replaced if an earlier run was killed.
 
     Raises:
-        UsageError: `output` is not empty (without `force`), overlaps an input, or another run writes it.
+        UsageError: `output` is not empty (without `force`), holds what matexport did not write, overlaps an
+            input, or another run writes it.
         OutputError: the file system refuses, or is full.
     """
     output = Path(os.path.realpath(output))
     for path in map(Path, map(os.path.realpath, inputs)):
         if output == path or path in output.parents or output in path.parents:
             raise UsageError(f"output overlaps the input {path}", where=str(output), fix="write to another folder")
-    if output.exists() and not output.is_dir():
-        raise UsageError("output is a file", where=str(output), fix="name a folder")
-    if output.is_dir() and any(output.iterdir()) and not force:
+    if output == Path.cwd() or os.path.ismount(output):
         raise UsageError(
-            "output is not empty", where=str(output), fix="name another folder, or replace it with --force"
+            "output cannot be replaced while it is in use", where=str(output), fix="name a folder inside it"
         )
+    _check_output(output, force)
     staging = output.with_name(f".{output.name}.partial")
     with _io_errors(staging):
-        staging.mkdir(parents=True, exist_ok=True)
-        lock = os.open(staging, os.O_RDONLY)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if staging.is_symlink():
+            raise UsageError("is a link", where=str(staging), fix="remove it")
+        staging.mkdir(exist_ok=True)
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,6 +79,7 @@ def staged_folder(output: Path, *, force: bool = False, inputs: Iterable[Path] =
         try:
             with _io_errors(staging):
                 yield staging
+                _check_output(output, force)
                 _publish(staging, output)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -84,19 +88,38 @@ def staged_folder(output: Path, *, force: bool = False, inputs: Iterable[Path] =
         os.close(lock)
 
 
+def _check_output(output: Path, force: bool) -> None:
+    """Only what is empty, or was written by matexport and is to be replaced, may be in the way."""
+    if output.exists() and not output.is_dir():
+        raise UsageError("output is a file", where=str(output), fix="name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        if not force:
+            fix = "name another folder, or replace it with --force"
+            raise UsageError("output is not empty", where=str(output), fix=fix)
+        if not (output / FILE).is_file():
+            what = f"output holds no {FILE}: matexport did not write it, and does not replace it"
+            raise UsageError(what, where=str(output), fix="name another folder")
+
+
 def _publish(staging: Path, output: Path) -> None:
     """Syncs what was written and renames it into place; an older output stays until then."""
     for folder, _, files in os.walk(staging):
         for name in files:
             _sync(Path(folder, name))
         _sync(Path(folder))
-    old = output.with_name(f".{output.name}.old")
-    if output.is_dir() and any(output.iterdir()):
-        shutil.rmtree(old, ignore_errors=True)
+    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    replaced = output.is_dir() and any(output.iterdir())
+    if replaced:
         output.rename(old)
-    staging.rename(output)
+    try:
+        staging.rename(output)
+    except OSError:
+        if replaced:
+            old.rename(output)
+        raise
     _sync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if replaced:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

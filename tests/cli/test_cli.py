@@ -145,7 +145,7 @@ def test_no_table(tmp_path: Path) -> None:
 def test_tracebacks_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Traceback" not in matexport("slices", "-m", "nowhere").stderr
     assert "Traceback" in matexport("slices", "-m", "nowhere", "-vv").stderr
-    monkeypatch.setattr("matexport.cli.slices.open_checkpoint", lambda path: 1 / 0)
+    monkeypatch.setattr("matexport.cli.slices.open_checkpoint", lambda path, allow_pickle: 1 / 0)
     result = matexport("slices", "-m", DIGITS)
     assert result.code == 1
     assert "unexpected ZeroDivisionError" in result.stderr
@@ -189,3 +189,28 @@ def test_the_table_is_up_to_date() -> None:
     """The packaged table's columns are those that measure.py writes."""
     assert TABLE.read_text().splitlines()[0] == "name,# Layers,Mamba Dims,Layers Skipped,Held-out accuracy"
     assert json.loads((DIGITS / "config.json").read_text())["d_model"] == 64
+
+
+def test_names_reach_no_terminal_unescaped(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("name,Mamba Dims\n\033]0;pwned\007,8\n")
+    result = matexport("slice", "-m", DIGITS, "-c", table, "-s", "#1", "-o", tmp_path / "out")
+    assert result.code == 0
+    assert "\033" not in result.stdout + result.stderr
+    shown = matexport("slices", "-m", DIGITS, "-c", table, "--format", "json").stdout
+    assert "\033" not in shown
+
+
+def test_a_broken_table_beside_the_model_does_not_block_another_one(tmp_path: Path) -> None:
+    source = vision_checkpoint(tmp_path / "c")
+    (source / "slices.csv").write_text("nonsense")
+    (tmp_path / "good.csv").write_text("name,Mamba Dims\na,8\n")
+    assert matexport("slices", "-m", source).code == 4
+    assert matexport("slices", "-m", source, "-c", tmp_path / "good.csv").code == 0
+
+
+def test_a_slice_has_no_packaged_table(tmp_path: Path) -> None:
+    matexport("slice", "-m", DIGITS, "-s", "half", "-o", tmp_path / "half")
+    result = matexport("slices", "-m", tmp_path / "half")
+    assert result.code == 4
+    assert "no slice table is packaged" in result.stderr

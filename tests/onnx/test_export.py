@@ -112,6 +112,14 @@ def test_one_file(exported: Path, vision: Path, tmp_path: Path) -> None:
         mx.export_onnx(planned, tmp_path / "half.onnx")
     mx.export_onnx(planned, tmp_path / "half.onnx", force=True)
     assert len(content(tmp_path)) == 3
+    (tmp_path / "other.onnx_data").write_text("precious")
+    with pytest.raises(UsageError, match="output exists"):
+        mx.export_onnx(planned, tmp_path / "other.onnx")
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(UsageError, match="output exists"):
+        mx.export_onnx(planned, tmp_path / "folder.onnx", force=True)
+    assert (tmp_path / "other.onnx_data").read_text() == "precious"
+    assert len(content(tmp_path)) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,17 @@ def flip(arrays: dict[str, np.ndarray]) -> None:
     arrays["layers.1.mixer.norm.weight"].view(np.uint32)[2] ^= 1
 
 
+def hide(folder: Path, name: str, data: bytes) -> None:
+    """Changes a file and its digest in the manifest alike."""
+    (folder / name).write_bytes(data)
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest(lambda m: m["files"].update({name: entry}))(folder)
+
+
+def config_with(folder: Path, **changes: Any) -> bytes:
+    return json.dumps({**json.loads((folder / "config.json").read_text()), **changes}).encode()
+
+
 CHECKPOINT_DAMAGE = {
     "one bit": (tensors(flip), "layers.1.mixer.norm.weight"),
     "wrong conv tail": (
@@ -80,6 +94,15 @@ CHECKPOINT_DAMAGE = {
     "other dtype": (tensors(lambda a: a.update({"head.bias": a["head.bias"].astype(np.float16)})), "head.bias"),
     "NaN": (tensors(lambda a: a["cls_token"].fill(np.nan)), "cls_token"),
     "config": (lambda f: (f / "config.json").write_text("{}"), "config.json"),
+    "config value": (
+        lambda f: (f / "config.json").write_text(
+            (f / "config.json").read_text().replace('"head_dim": 2', '"head_dim": 7')
+        ),
+        "config.json",
+    ),
+    "a file more": (lambda f: (f / "extra.py").write_text("x"), "extra.py"),
+    "other code": (lambda f: hide(f, "modeling_matmamba.py", b"evil"), "modeling_matmamba.py"),
+    "config hidden": (lambda f: hide(f, "config.json", config_with(f, model_type="vit")), "config.json"),
     "file gone": (lambda f: (f / "modeling_matmamba.py").unlink(), "modeling_matmamba.py"),
     "other width": (manifest(lambda m: m["slice"]["layers"][0].update(width=16)), "layers.0.mixer"),
     "other view": (
@@ -125,7 +148,18 @@ def flip_weight(folder: Path) -> None:
     (folder / "model.onnx_data").write_bytes(data)
 
 
+def forget_weights(folder: Path) -> None:
+    flip_weight(folder)
+    hide(folder, "model.onnx_data", (folder / "model.onnx_data").read_bytes())
+    manifest(lambda m: m.update(weights={}))(folder)
+
+
 ONNX_DAMAGE = {
+    "forgotten weights": (forget_weights, "provenance"),
+    "truncated": (lambda f: (f / "model.onnx").write_bytes((f / "model.onnx").read_bytes()[:99]), "digest"),
+    "model gone": (lambda f: (f / "model.onnx").unlink(), "digest"),
+    "weights gone": (lambda f: (f / "model.onnx_data").unlink(), "digest"),
+    "output renamed": (edit_onnx(lambda m: setattr(m.graph.output[0], "name", "/const/i64/[0,0,64,2]")), "digest"),
     "one bit": (flip_weight, "provenance"),
     "wrong norm": (edit_onnx(full_width_norm), "onnx"),
     "graph touched": (edit_onnx(lambda m: setattr(m, "doc_string", "x")), "digest"),
@@ -148,8 +182,8 @@ def test_another_source_fails(artefacts: Path, tmp_path: Path) -> None:
     arrays = load_file(other / "model.safetensors")
     flip(arrays)
     save_file(arrays, other / "model.safetensors")
-    for kind in ("checkpoint", "onnx"):
-        assert matexport("verify", "-m", artefacts / kind, "--source", other).code in (0, 3)
+    for kind in ("checkpoint", "onnx"):  # that bit is in a layer that the slice skips
+        assert matexport("verify", "-m", artefacts / kind, "--source", other).code == 0
     arrays["layers.2.mixer.norm.weight"][0] += 1  # layer 1 of the slice is layer 2 of the source
     save_file(arrays, other / "model.safetensors")
     for kind in ("checkpoint", "onnx"):
@@ -190,6 +224,51 @@ def test_a_checkpoint_of_another_tool(artefacts: Path, vision: Path, tmp_path: P
     result = matexport(*command)
     assert result.code == 4
     assert "has no manifest" in result.stderr
+
+
+def test_artefacts_of_slices_are_verified_against_the_origin(artefacts: Path, vision: Path, tmp_path: Path) -> None:
+    """slice, slice again, export: the ONNX folder is proven against the direct source and against the first one."""
+    again = mx.plan(artefacts / "checkpoint", Row("again", skipped=(1,), mamba=Dims(fill=3)))
+    again.write(tmp_path / "two")
+    mx.export_onnx(tmp_path / "two", tmp_path / "onnx")
+    for artefact in ("two", "onnx"):
+        report = mx.verify(tmp_path / artefact, vision)
+        assert report.passed, report.to_markdown()
+    assert mx.verify(tmp_path / "two", artefacts / "checkpoint").passed
+    assert mx.verify(tmp_path / "onnx", tmp_path / "two").passed
+    record = json.loads((tmp_path / "onnx" / "matexport.json").read_text())["origin"]
+    assert record["slice"]["layers"] == [{"source": 0, "width": 3}]
+    assert record["slice"]["skipped"] == [1, 2]
+    other = vision_checkpoint(tmp_path / "other", n_layer=2)
+    assert matexport("verify", "-m", tmp_path / "onnx", "--source", other).code in (3, 4)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4", b"\x93NUMPY"])
+def test_inputs_that_are_no_npz(artefacts: Path, vision: Path, tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "bad.npz").write_bytes(data)
+    result = matexport("verify", "-m", artefacts / "onnx", "--source", vision, "--inputs", tmp_path / "bad.npz")
+    assert result.code == 4
+    np.savez(tmp_path / "text.npz", pixel_values=np.full((2, 3, 12, 12), "x"))
+    result = matexport("verify", "-m", artefacts / "onnx", "--source", vision, "--inputs", tmp_path / "text.npz")
+    assert result.code == 4
+    assert "holds no numbers" in result.stderr
+
+
+def test_a_report_that_cannot_be_written_hides_no_verdict(artefacts: Path, vision: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(artefacts / "checkpoint", folder)
+    tensors(flip)(folder)
+    result = matexport("verify", "-m", folder, "--source", vision, "--report", tmp_path)
+    assert result.code == 3
+    assert "report cannot be written" in result.stderr
+
+
+def test_without_torch(artefacts: Path, vision: Path) -> None:
+    code = "import sys\nsys.modules['torch'] = None\nfrom matexport.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "verify", "-m", str(artefacts / "onnx"), "--source", str(vision)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    assert "pip install 'matexport[torch]'" in done.stderr
 
 
 def test_nothing_is_written(artefacts: Path, vision: Path) -> None:

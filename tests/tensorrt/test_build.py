@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import onnx
@@ -115,6 +116,8 @@ def test_target_tensorrt_needs_tensorrt(exported: Path, tmp_path: Path, monkeypa
     [
         (["--min-shapes=pixel_values:1x3x8x8"], 2, "give all three"),
         (["--min-shapes=pixel_values"], 2, "is not a shape"),
+        (["--min-shapes=pixel_values:\u00b2x3"], 2, "is not a shape"),
+        (["--min-shapes=a:1,a:2", "--max-shapes=a:3"], 2, "give all three"),
         (["--min-shapes=a:1", "--opt-shapes=a:1", "--max-shapes=a:1"], 4, "has no input 'a'"),
         (["--target=toaster"], 2, "one of rtx, tensorrt"),
         (["-s", "half"], 2, "one slice already"),
@@ -128,3 +131,23 @@ def test_usage(exported: Path, tmp_path: Path, options: list[str], code: int, me
 
 def test_default_profiles() -> None:
     assert default_profile(("batch", 3, 8)) == ((1, 3, 8), (8, 3, 8), (64, 3, 8))
+
+
+def test_the_output_never_overlaps_the_checkpoint(tmp_path: Path) -> None:
+    """By way of a temporary ONNX folder the input must be as safe as directly."""
+    mx.plan(DIGITS, "eighth").write(tmp_path / "eighth")
+    before = content(tmp_path / "eighth")
+    for output in (tmp_path / "eighth", tmp_path / "eighth" / "rtx", tmp_path):
+        result = matexport("trt", "-m", tmp_path / "eighth", "-o", output, "--force")
+        assert result.code == 2, result
+        assert "overlaps the input" in result.stderr
+    assert content(tmp_path / "eighth") == before
+
+
+def test_a_tampered_onnx_folder_is_not_built(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "onnx")
+    with (tmp_path / "onnx" / "model.onnx_data").open("r+b") as f:
+        f.write(b"x")
+    result = matexport("trt", "-m", tmp_path / "onnx", "-o", tmp_path / "rtx")
+    assert result.code == 3
+    assert "'model.onnx_data' was changed" in result.stderr

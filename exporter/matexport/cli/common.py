@@ -69,7 +69,7 @@ COUNT = quantity({"": 1, "K": 10**3, "M": 10**6, "B": 10**9})
 
 def echo_json(value: Any) -> None:
     """Machine-readable data, to stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(value, indent=2))
 
 
 def echo_table(titles: list[str], rows: list[list[str]], *, left: int = 1) -> None:
@@ -81,6 +81,11 @@ def echo_table(titles: list[str], rows: list[list[str]], *, left: int = 1) -> No
             c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
         )
         click.echo(line.rstrip())
+
+
+def say(text: str) -> None:
+    """A line to stdout, safe for a terminal."""
+    click.echo(printable(text))
 
 
 def note(text: str) -> None:

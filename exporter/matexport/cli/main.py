@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import traceback
 from typing import Any
@@ -34,6 +35,9 @@ Examples:
 Exit codes:
   0 ok   1 unexpected or I/O   2 usage   3 parity or provenance mismatch
   4 bad input   5 missing dependency or hardware   130 interrupted
+
+\b
+Any verb takes -vv, which shows where an error came from.
 """
 
 
@@ -65,7 +69,7 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> Any:
     """The entry point; returns the exit code."""
     arguments = sys.argv[1:] if args is None else args
-    verbose = any(a in ("-vv", "--traceback") for a in arguments)
+    verbose = "-vv" in arguments
     try:
         return cli.main([a for a in arguments if a != "-vv"], "matexport", standalone_mode=False) or 0
     except click.exceptions.Abort:
@@ -92,7 +96,8 @@ def main(args: list[str] | None = None) -> Any:
 
 
 def run() -> None:
-    """Console script."""
+    """Console script; being asked to end (SIGTERM) cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     sys.exit(main())
 
 

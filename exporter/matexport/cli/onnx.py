@@ -15,6 +15,7 @@ from matexport.cli.common import (
     output_option,
     pickle_option,
     progress_bar,
+    say,
     slice_option,
     table_option,
 )
@@ -58,5 +59,5 @@ def command(
         note(text)
     with progress_bar("writing", planned.plan.nbytes) as progress:
         api.export_onnx(planned, output, target=target, form=form, force=force, progress=progress)
-    click.echo(f"{output}: {planned.plan.name}, {planned.plan.parameters:,} parameters, target {target}")
+    say(f"{output}: {planned.plan.name}, {planned.plan.parameters:,} parameters, target {target}")
     hint("verify", "-m", output, "--source", model)

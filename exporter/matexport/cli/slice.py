@@ -19,6 +19,7 @@ from matexport.cli.common import (
     note,
     pickle_option,
     progress_bar,
+    say,
     slice_option,
     table_option,
 )
@@ -61,7 +62,7 @@ def command(
                 [n, t.dtype, str(list(t.shape)), t.view.source, _ranges(t.view.ranges)] for n, t in plan.tensors.items()
             ]
             echo_table(["tensor", "dtype", "shape", "source", "ranges"], shapes, left=5)
-            click.echo(f"{plan.parameters:,} parameters, {human_bytes(plan.nbytes)}")
+            say(f"{plan.parameters:,} parameters, {human_bytes(plan.nbytes)}")
         return
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
@@ -76,7 +77,7 @@ def command(
         )
     else:
         size = f"{plan.parameters:,} parameters, {human_bytes(plan.nbytes)}"
-        click.echo(f"{output}: {plan.name}, {len(plan.layers)} layers, {size}")
+        say(f"{output}: {plan.name}, {len(plan.layers)} layers, {size}")
     hint("verify", "-m", output, "--source", model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from matexport import api
 from matexport.checkpoint import open_checkpoint
 from matexport.cli.common import (
     BYTES,
@@ -18,10 +19,8 @@ from matexport.cli.common import (
     pickle_option,
     table_option,
 )
-from matexport.errors import TableError
-from matexport.families import family_of, table_of
+from matexport.families import family_of
 from matexport.pareto import Candidate, best_fit, choose_metric, dominated_by
-from matexport.slice_table import read_table
 
 
 @click.command()
@@ -62,16 +61,15 @@ def command(
     """
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     family = family_of(checkpoint)
-    known = table_of(checkpoint, family)
-    chosen = read_table(table) if table else known
-    if chosen is None:
-        fix = "give a slice table with -c, or put slices.csv beside the checkpoint"
-        raise TableError("no slice table is packaged for this model", where=model, fix=fix)
+    found, known = api.choose_table(checkpoint, family, table)
+    chosen = api.need_table(found, checkpoint)
     candidates = [Candidate(row, family.plan_slice(checkpoint, row, known)) for row in chosen.rows]
     quality = choose_metric(chosen.rows, metric)
     beaten = dominated_by(candidates, quality)
     picking = fit is not None or fit_params is not None
     if picking:
+        if quality:
+            note(f"best is the {'highest' if quality.higher_is_better else 'lowest'} {quality.column!r} (see --metric)")
         candidates = [best_fit(candidates, quality, max_bytes=fit, max_parameters=fit_params)]
     if style == "json":
         echo_json({"rows": [candidate.to_json(beaten[candidate.row.name]) for candidate in candidates]})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import re
 from pathlib import Path
 
 import click
@@ -14,11 +14,11 @@ from matexport.cli.common import (
     human_bytes,
     model_option,
     output_option,
+    say,
     slice_option,
     table_option,
 )
 from matexport.errors import UsageError
-from matexport.manifest import manifest_path, read_manifest
 from matexport.targets import TARGETS
 
 
@@ -50,34 +50,23 @@ def command(
       matexport trt -m checkpoint -s half -o half-rtx --min-shapes pixel_values:1x3x8x8 \\
           --opt-shapes pixel_values:16x3x8x8 --max-shapes pixel_values:256x3x8x8
     """
-    shapes = _profiles(min_shapes, opt_shapes, max_shapes)
-    if _is_onnx(Path(model)):
-        if row is not None:
-            raise UsageError("an ONNX folder is one slice already", where=model, fix="leave out -s")
-        manifest = api.build_trt(model, output, target=target, shapes=shapes, force=force)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            api.export_onnx(model, Path(folder, "onnx"), slice=row, table=table)
-            manifest = api.build_trt(Path(folder, "onnx"), output, target=target, shapes=shapes, force=force)
+    shapes = _profiles({"min": min_shapes, "opt": opt_shapes, "max": max_shapes})
+    manifest = api.build_trt(model, output, slice=row, table=table, target=target, shapes=shapes, force=force)
     size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
-    click.echo(f"{output}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
+    say(f"{output}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
     hint("inspect", "-m", output)
 
 
-def _is_onnx(model: Path) -> bool:
-    return manifest_path(model).is_file() and read_manifest(model)["kind"] != "checkpoint"
-
-
-def _profiles(*groups: tuple[str, ...]) -> dict[str, api.Profile]:
+def _profiles(groups: dict[str, tuple[str, ...]]) -> dict[str, api.Profile]:
     """min, opt and max shapes in trtexec's grammar (`name:1x3x8x8`, commas between inputs) by input."""
-    found: dict[str, list[tuple[int, ...]]] = {}
-    for group in groups:
-        for item in (part for text in group for part in text.split(",")):
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for kind, texts in groups.items():
+        for item in (part for text in texts for part in text.split(",")):
             name, _, sizes = item.rpartition(":")
-            if not name or not all(size.isdigit() and 0 < len(size) < 10 for size in sizes.split("x")):
+            if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", sizes) or not name:
                 raise UsageError(f"{item!r} is not a shape", fix="write NAME:1x3x8x8")
-            found.setdefault(name, []).append(tuple(int(size) for size in sizes.split("x")))
+            found.setdefault(name, {})[kind] = tuple(int(size) for size in sizes.split("x"))
     for name, shapes in found.items():
         if len(shapes) != 3:
             raise UsageError(f"input {name!r} needs a minimal, an optimal and a maximal shape", fix="give all three")
-    return {name: (shapes[0], shapes[1], shapes[2]) for name, shapes in found.items()}
+    return {name: (shapes["min"], shapes["opt"], shapes["max"]) for name, shapes in found.items()}

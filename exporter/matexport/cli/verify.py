@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from matexport import api
-from matexport.cli.common import echo_json, format_option, model_option, pickle_option, slice_option, table_option
+from matexport.cli.common import (
+    echo_json,
+    format_option,
+    model_option,
+    note,
+    pickle_option,
+    slice_option,
+    table_option,
+)
 from matexport.errors import InputError, MismatchError
 
 if TYPE_CHECKING:
@@ -52,12 +61,15 @@ def command(
         model, source, slice=row, table=table, inputs=_load(inputs), allow_pickle=allow_pickle, progress=_say
     )
     markdown = found.to_markdown()
-    if report:
-        report.write_text(markdown)
     if style == "json":
         echo_json(found.to_json())
     else:
         click.echo(markdown)
+    if report:
+        try:
+            report.write_text(markdown)
+        except OSError as e:
+            note(f"the report cannot be written to {report}: {e.strerror}")
     if not found.passed:
         worst = found.worst
         assert worst is not None
@@ -79,7 +91,7 @@ def _load(path: Path | None) -> dict[str, np.ndarray] | None:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as data:
             return dict(data)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise InputError(f"is not an .npz file: {e}", where=str(path), fix="write it with numpy.savez") from None

@@ -84,7 +84,9 @@ def scan(
     scaled = reshape(g.op("Mul", by_head, axis(dt, -1)), 0, 0, heads * head_dim)
     X = chunked(scaled, heads, head_dim)  # b h c q p
     B, C = chunked(B, groups, state), chunked(C, groups, state)  # b g c q n
-    a = reshape(g.op("Transpose", full_chunks(g.op("Mul", dt, A)), perm=[0, 2, 1]), 0, heads, c, q)  # log decay, <= 0
+    # log of each step's decay, <= 0; below -128 it is 0 in fp32 anyway, and longer sums stay exact
+    a = g.op("Max", g.op("Mul", dt, A), g.constant(-128.0, "F32"))
+    a = reshape(g.op("Transpose", full_chunks(a), perm=[0, 2, 1]), 0, heads, c, q)
 
     # inside each chunk: sum over j <= i of (C_i . B_j) exp(a_j+1 + ... + a_i) dt_j x_j; masked before exp
     causal = g.constant(np.tril(np.ones((q, q), bool)), "BOOL")
@@ -98,7 +100,7 @@ def scan(
         to_end = axis(g.op("Gather", decay, i64(q - 1), axis=3), 4)
         added = reshape(g.op("MatMul", per_head(Bt), g.op("Mul", X, to_end)), 0, 0, 0, state * head_dim)
         # the state before chunk i: sum over j < i of exp(log decay of the chunks between j and i) added_j
-        total = g.op("ReduceSum", a, i64([3]), keepdims=0)  # (b, h, c)
+        total = g.op("Max", g.op("ReduceSum", a, i64([3]), keepdims=0), g.constant(-128.0, "F32"))  # (b, h, c)
         before = g.constant(np.tril(np.ones((c, c), bool), -1), "BOOL")
         between = g.op("Where", before, segment_sums(g, total, exclusive=True), g.constant(-math.inf, "F32"))
         states = reshape(g.op("MatMul", g.op("Exp", between), added), 0, 0, 0, state, head_dim)

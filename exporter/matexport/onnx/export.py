@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,18 @@ def write_onnx(
                 put(folder, written, path.name, path.read_bytes())
             put(folder, written, FILE, json_bytes(_manifest(checkpoint, plan, graph, target, written)))
         return
-    if output.exists() and not force:
-        raise UsageError("output exists", where=str(output), fix="name another file, or replace it with --force")
+    names = (f"{output.name}_data", f"{output.name}.json", output.name)  # in the order of publishing: the model last
+    for path in map(output.with_name, names):
+        if path.is_dir() or (path.exists() and not force):
+            fix = "name another file" if path.is_dir() else "name another file, or replace it with --force"
+            raise UsageError("output exists", where=str(path), fix=fix)
     aside = output.with_name(f".{output.name}.files")
-    with staged_folder(aside, force=True, inputs=[checkpoint.path]) as folder:
+    shutil.rmtree(aside, ignore_errors=True)
+    with staged_folder(aside, inputs=[checkpoint.path]) as folder:
         written = _write_model(checkpoint, plan, graph, folder, output.name, progress)
         put(folder, written, f"{output.name}.json", json_bytes(_manifest(checkpoint, plan, graph, target, written)))
     output.unlink(missing_ok=True)
-    for name in (f"{output.name}_data", f"{output.name}.json", output.name):  # the model itself last
+    for name in names:
         (aside / name).replace(output.with_name(name))
     aside.rmdir()
 

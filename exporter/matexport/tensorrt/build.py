@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matexport.errors import InputError, MatexportError, MissingError
-from matexport.manifest import FILE, describe_file, json_bytes, read_manifest
+from matexport.errors import InputError, MatexportError, MismatchError, MissingError
+from matexport.manifest import FILE, describe_file, file_problems, json_bytes, read_manifest
 from matexport.targets import Target
 from matexport.version import __version__
 from matexport.writer import staged_folder
@@ -27,21 +27,32 @@ Profile = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # min, opt a
 
 
 def build_engine(
-    onnx: Path, output: Path, *, target: Target, shapes: Mapping[str, Profile], force: bool = False
+    onnx: Path,
+    output: Path,
+    *,
+    target: Target,
+    shapes: Mapping[str, Profile],
+    force: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Builds an engine from an ONNX folder that matexport wrote, and returns the engine's manifest.
 
     Args:
         shapes: profiles by input; a dynamic batch axis runs from 1 to 64, best at 8, where none is given.
+        inputs: what the output must not overlap, beside the ONNX folder.
 
     Raises:
         InputError: not an ONNX folder of ours, or one that the builder refuses (with its message).
+        MismatchError: its files are not those that were written.
         MissingError: the target's library or its GPU is not here.
     """
     source = read_manifest(onnx)
     if source["kind"] != "onnx":
         fix = "export it first: matexport onnx"
         raise InputError(f"is of kind {source['kind']!r}, not ONNX", where=str(onnx), fix=fix)
+    for name, problem in file_problems(onnx, source).items():
+        if problem:
+            raise MismatchError(f"{name!r} {problem}", where=str(onnx), fix="export it again")
     if target.name == "tensorrt":
         require_tensorrt()
     model = onnx if onnx.is_file() else onnx / "model.onnx"
@@ -50,7 +61,7 @@ def build_engine(
     if unknown:
         raise InputError(f"has no input {unknown[0]!r}", where=str(onnx), fix=f"its inputs are {', '.join(profiles)}")
     profiles.update(shapes)
-    with staged_folder(output, force=force, inputs=[onnx]) as folder:
+    with staged_folder(output, force=force, inputs=[onnx, *inputs]) as folder:
         job = {"model": str(model.resolve()), "engine": str(folder / ENGINE), "profiles": profiles}
         built = run_builder(job, onnx)
         manifest = {

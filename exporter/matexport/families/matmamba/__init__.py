@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matexport.checkpoint import Checkpoint
-from matexport.errors import UsageError
+from matexport.errors import MissingError, UsageError
 from matexport.families.loaders import Verdict
 from matexport.families.matmamba.containers import verdicts
 from matexport.families.matmamba.layout import packaged_table, plan_slice, read_model, recognises
@@ -73,18 +74,24 @@ def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np
 
 
 def load_oracle(checkpoint: Checkpoint, layers: Sequence[KeptLayer]) -> Forward:
-    from matexport.families.matmamba import oracle
-
-    return oracle.load_oracle(checkpoint, layers)
+    found: Forward = _oracle().load_oracle(checkpoint, layers)
+    return found
 
 
 def load_slice(checkpoint: Checkpoint) -> Forward:
-    from matexport.families.matmamba import oracle
-
-    return oracle.load_slice(checkpoint)
+    found: Forward = _oracle().load_slice(checkpoint)
+    return found
 
 
 def load_stock(checkpoint: Checkpoint) -> Forward | None:
-    from matexport.families.matmamba import oracle
+    found: Forward | None = _oracle().load_stock(checkpoint)
+    return found
 
-    return oracle.load_stock(checkpoint)
+
+def _oracle() -> Any:
+    """The module that needs torch. Raises MissingError."""
+    try:
+        return importlib.import_module("matexport.families.matmamba.oracle")
+    except ImportError as e:
+        what = f"the oracle needs torch and transformers: {e}"
+        raise MissingError(what, fix="pip install 'matexport[torch]'") from None

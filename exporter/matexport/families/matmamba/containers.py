@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,11 @@ SSM_KEYS = ("d_state", "d_conv", "ngroups", "chunk_size", "dt_limit")
 SSM_REQUIRED = {
     "layer": "MatMamba2", "expand": EXPAND, "d_ssm": None, "D_has_hdim": False, "rmsnorm": True,
     "norm_before_gate": False, "bias": False, "conv_bias": True,
+}  # fmt: skip
+
+SSM_IGNORED = {  # of training, or of kernels: they change no output
+    "headdim", "conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "proj_drop_rate", "use_mem_eff_path",
+    "layer_idx", "process_group", "sequence_parallel", "device", "dtype",
 }  # fmt: skip
 
 _ONE_SIZE = ("uniform", "whole expand", "rms norm")
@@ -79,10 +85,12 @@ def language_shapes(checkpoint: Checkpoint, d: int) -> dict[str, tuple[int, ...]
     return shapes
 
 
-def vision_config(source: dict[str, Any], heads: Sequence[int], head_dim: int) -> dict[str, Any]:
+def vision_config(
+    source: dict[str, Any], heads: Sequence[int], head_dim: int, state: int, kernel: int
+) -> dict[str, Any]:
     """The source's config.json with what the slice changes, and the names of its class."""
     return {
-        **_common(source, heads, head_dim),
+        **_common(source, heads, head_dim, state, kernel),
         "model_type": "matmamba_vision",
         "architectures": ["MatMambaVisionForImageClassification"],
         "auto_map": {
@@ -98,7 +106,7 @@ def language_config(
     """The same for the language model: transformers' own `mamba2` where it can say this slice, else our class."""
     d, ssm = source["d_model"], _ssm(source)
     config = {
-        **{key: value for key, value in _common(source, heads, head_dim).items() if key != "auto_map"},
+        **{key: value for key, value in _common(source, heads, head_dim, state, kernel).items() if key != "auto_map"},
         "vocab_size": rows,
         "tie_word_embeddings": is_tied(source),
         **{key: source.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")},
@@ -135,13 +143,46 @@ def language_config(
     }
 
 
-def _common(source: dict[str, Any], heads: Sequence[int], head_dim: int) -> dict[str, Any]:
-    sizes = {"n_layer": len(heads), "num_heads": list(heads), "head_dim": head_dim, "ssm_cfg": _ssm(source)}
-    return {**source, **sizes}
+def _common(source: dict[str, Any], heads: Sequence[int], head_dim: int, state: int, kernel: int) -> dict[str, Any]:
+    """What both models' configs get; sizes come from shapes, whatever the source's config leaves out."""
+    ssm = {**_ssm(source), "d_state": state, "d_conv": kernel}
+    return {**source, "n_layer": len(heads), "num_heads": list(heads), "head_dim": head_dim, "ssm_cfg": ssm}
 
 
 def _ssm(source: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in (source.get("ssm_cfg") or {}).items() if key in SSM_KEYS}
+
+
+def check_options(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a value in config.json that is another function, or none at all."""
+    config, where = checkpoint.config, str(checkpoint.path / "config.json")
+    ssm = config.get("ssm_cfg") or {}
+
+    def refuse(key: str, value: Any, fix: str) -> None:
+        raise CheckpointError(f"{key} = {value!r}", where=where, fix=fix)
+
+    if not isinstance(ssm, dict):
+        refuse("ssm_cfg", ssm, "it must be an object")
+    for key, value in SSM_REQUIRED.items():
+        if ssm.get(key, value) != value:
+            refuse(f"ssm_cfg {key}", ssm[key], f"only {key} = {value!r} is nested")
+    for key in ssm.keys() - SSM_REQUIRED.keys() - SSM_IGNORED - set(SSM_KEYS):
+        refuse(f"ssm_cfg {key}", ssm[key], "this option is not known")
+    chunk, limit = ssm.get("chunk_size", 256), ssm.get("dt_limit", [0.0, math.inf])
+    if type(chunk) is not int or not 0 < chunk <= 1 << 20:
+        refuse("ssm_cfg chunk_size", chunk, "it must be a size")
+    if not isinstance(limit, list) or len(limit) != 2 or not all(type(v) in (int, float) for v in limit):
+        refuse("ssm_cfg dt_limit", limit, "it must be two numbers")
+    for key in ("d_intermediate", "attn_layer_idx"):
+        if config.get(key):
+            refuse(key, config[key], "only pure MatMamba blocks can be sliced")
+    epsilon = config.get("norm_epsilon", 1e-5)
+    if type(epsilon) is not float or not 0 < epsilon < 1:
+        refuse("norm_epsilon", epsilon, "it must be a small number")
+    if config.get("pool", "cls") not in ("cls", "avg"):
+        refuse("pool", config["pool"], "it must be 'cls' or 'avg'")
+    if config.get("rms_norm") not in (True, False, None):
+        refuse("rms_norm", config["rms_norm"], "it must be true or false")
 
 
 def unmet_facts(config: dict[str, Any], heads: Sequence[int], head_dim: int) -> dict[str, str]:

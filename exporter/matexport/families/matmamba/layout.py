@@ -17,7 +17,7 @@ from typing import Any
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, TableError
 from matexport.families.matmamba import containers
-from matexport.families.matmamba.containers import EMBEDDINGS, EXPAND, HEAD, SSM_REQUIRED, is_tied, size_of
+from matexport.families.matmamba.containers import EMBEDDINGS, EXPAND, HEAD, is_tied, size_of
 from matexport.families.rows import kept_layers, widths_of
 from matexport.planning import KeptLayer, Plan, PlannedTensor, View, blocks, part, whole
 from matexport.slice_table import MAMBA, TITLES, Row, Table
@@ -110,6 +110,8 @@ def recognises(checkpoint: Checkpoint) -> bool:
 def packaged_table(checkpoint: Checkpoint) -> str | None:
     """The name of the packaged slice table for a model of this kind and size."""
     model = read_model(checkpoint)
+    if any(mixer.width != EXPAND * model.d_model for mixer in model.mixers):
+        return None  # a slice: the rows are those of its source
     return PACKAGED.get((model.kind, model.d_model, len(model.mixers)))
 
 
@@ -120,14 +122,10 @@ def read_model(checkpoint: Checkpoint) -> Model:
         CheckpointError: an option that is another architecture, a tensor that is missing, unknown or of
             another shape.
     """
-    config, where = checkpoint.config, str(checkpoint.path)
-    kind = kind_of(checkpoint)
+    where, kind = str(checkpoint.path), kind_of(checkpoint)
     assert kind is not None
-    ssm = _ssm_config(checkpoint)
-    for key in ("d_intermediate", "attn_layer_idx"):
-        if config.get(key):
-            what = f"has {key} = {config[key]!r}"
-            raise CheckpointError(what, where=where, fix="only pure MatMamba blocks can be sliced")
+    containers.check_options(checkpoint)
+    ssm = checkpoint.config.get("ssm_cfg") or {}
     d_model, n_layer = size_of(checkpoint, "d_model"), size_of(checkpoint, "n_layer")
     mixers = tuple(_mixer(checkpoint, f"{PREFIXES[kind]}layers.{i}.mixer.", ssm) for i in range(n_layer))
     if len({(mixer.head_dim, mixer.state, mixer.kernel) for mixer in mixers}) > 1:
@@ -136,17 +134,6 @@ def read_model(checkpoint: Checkpoint) -> Model:
     model = Model(kind, d_model, mixers)
     _check(checkpoint, _expected(checkpoint, model))
     return model
-
-
-def _ssm_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    ssm = checkpoint.config.get("ssm_cfg") or {}
-    where = str(checkpoint.path / "config.json")
-    if not isinstance(ssm, dict):
-        raise CheckpointError("'ssm_cfg' is not an object", where=where, fix="download config.json again")
-    for key, value in SSM_REQUIRED.items():
-        if ssm.get(key, value) != value:
-            raise CheckpointError(f"ssm_cfg {key} = {ssm[key]!r}", where=where, fix=f"only {key} = {value!r} is nested")
-    return ssm
 
 
 def _mixer(checkpoint: Checkpoint, prefix: str, ssm: dict[str, Any]) -> Mixer:
@@ -162,7 +149,7 @@ def _mixer(checkpoint: Checkpoint, prefix: str, ssm: dict[str, Any]) -> Mixer:
     heads, width = shape("A_log", 1)[0], shape("out_proj.weight", 2)[1]
     conv, _, kernel = shape("conv1d.weight", 3)
     groups = ssm.get("ngroups", 1)
-    fits = type(groups) is int and groups > 0 and heads % groups == 0 and width % heads == 0
+    fits = type(groups) is int and groups > 0 and heads % groups == 0 and width % heads == 0 and width % EXPAND == 0
     if not fits or conv <= width or (conv - width) % (2 * groups):
         what = f"{prefix}*: {heads} heads, {groups} groups, {width} and {conv} channels do not fit together"
         raise CheckpointError(what, where=str(checkpoint.path), fix="correct ngroups in ssm_cfg")
@@ -187,8 +174,12 @@ def _check(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None
         what = f"tensors do not fit config.json: missing {sorted(missing)[:5]}, unknown {sorted(extra)[:5]}"
         raise CheckpointError(what, where=str(checkpoint.path), fix="download config.json and weights of one revision")
     for name, shape in expected.items():
-        if checkpoint.tensors[name].shape != shape:
-            raise _misshapen(checkpoint.tensors[name], str(shape))
+        tensor = checkpoint.tensors[name]
+        if tensor.shape != shape:
+            raise _misshapen(tensor, str(shape))
+        if tensor.dtype not in ("F16", "BF16", "F32", "F64"):
+            what = f"tensor {name!r} has dtype {tensor.dtype}"
+            raise CheckpointError(what, where=str(tensor.file), fix="only float weights can be sliced")
 
 
 def _misshapen(tensor: Tensor, wanted: str) -> CheckpointError:
@@ -243,12 +234,12 @@ def plan_slice(checkpoint: Checkpoint, row: Row, trained: Table | None = None) -
         _check_width(row, model.mixers[layer.source], layer)
     tensors = _tensors(checkpoint, model, layers)
     heads = [EXPAND * width // model.head_dim for width in widths]
+    sizes = (model.head_dim, model.mixers[0].state, model.mixers[0].kernel)
     if model.kind == "vision":
-        config = containers.vision_config(checkpoint.config, heads, model.head_dim)
+        config = containers.vision_config(checkpoint.config, heads, *sizes)
     else:
-        first, rows = model.mixers[0], tensors[EMBEDDINGS[1]].shape[0]
-        sizes = (model.head_dim, first.state, first.kernel, rows)
-        config = containers.language_config(checkpoint.config, heads, *sizes)
+        rows = tensors[EMBEDDINGS[1]].shape[0]
+        config = containers.language_config(checkpoint.config, heads, *sizes, rows)
     count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     notes = _notes(checkpoint.config, row, full, widths, trained)
     return Plan("matmamba", row.name, layers, row.skipped, tensors, config, count, notes)
@@ -292,7 +283,8 @@ def _notes(
     config: dict[str, Any], row: Row, full: tuple[int, ...], widths: tuple[int, ...], trained: Table | None
 ) -> tuple[str, ...]:
     notes = []
-    if "auto_map" in config and config.get("model_type") not in ("matmamba", "matmamba_vision"):
+    code = config.get("auto_map") or {}
+    if not isinstance(code, dict) or not all(str(value).startswith("modeling") for value in code.values()):
         notes.append("the source's config.json names custom code (auto_map): it was neither run nor copied")
     known = set(full)
     for other in trained.rows if trained else ():

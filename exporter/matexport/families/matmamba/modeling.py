@@ -336,7 +336,7 @@ class MatMambaForCausalLM(MatMambaPreTrainedModel, GenerationMixin):
         x = x.float() if self.config.residual_in_fp32 else x
         mask = None if attention_mask is None or attention_mask.all() else attention_mask[:, -x.shape[1] :].bool()
         cache = cache_params or MatMambaCache(len(self.backbone.layers))
-        for index, heads in submodel or [(i, None) for i in range(len(self.backbone.layers))]:
+        for index, heads in [(i, None) for i in range(len(cache.states))] if submodel is None else submodel:
             x, cache.states[index] = self.backbone.layers[index](x, heads, cache.states[index], mask)
         cache.seen += x.shape[1]
         head = self.backbone.embeddings if self.config.tie_word_embeddings else self.lm_head
@@ -387,7 +387,7 @@ class MatMambaVisionForImageClassification(MatMambaPreTrainedModel):
         x = self.patch_embed["proj"](pixel_values).flatten(2).transpose(1, 2)  # (b, patches, d) in raster order
         x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1) + self.pos_embed
         x = x.float() if self.config.residual_in_fp32 else x
-        for index, heads in submodel or [(i, None) for i in range(len(self.layers))]:
+        for index, heads in [(i, None) for i in range(len(self.layers))] if submodel is None else submodel:
             x, _state = self.layers[index](x, heads)
         x = self.norm_f(x.to(self.norm_f.weight.dtype))
         logits = self.head(x[:, -1] if self.config.pool == "cls" else x[:, :-1].mean(1))
