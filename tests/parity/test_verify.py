@@ -100,6 +100,10 @@ CHECKPOINT_DAMAGE = {
         ),
         "config.json",
     ),
+    "unversioned": (
+        lambda f: (manifest(lambda m: m.pop("matexport"))(f), (f / "README.md").write_text("x")),
+        "README.md",
+    ),
     "a file more": (lambda f: (f / "extra.py").write_text("x"), "extra.py"),
     "other code": (lambda f: hide(f, "modeling_matmamba.py", b"evil"), "modeling_matmamba.py"),
     "config hidden": (lambda f: hide(f, "config.json", config_with(f, model_type="vit")), "config.json"),

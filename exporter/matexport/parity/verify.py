@@ -59,7 +59,7 @@ def verify_artefact(
     if check is None:
         raise InputError(f"cannot verify an artefact of kind {kind!r}", where=str(artefact), fix="update matexport")
     progress(f"the {kind}")
-    files = prove_files(artefact, manifest) if "matexport" in manifest else []
+    files = prove_files(artefact, manifest) if manifest_path(artefact).is_file() else []
     subject = Subject(artefact, manifest, record, source, family, plan)
     try:
         found = check(subject, inputs, want)
@@ -93,11 +93,9 @@ def _manifest(artefact: Path, row: Row | None) -> dict[str, Any]:
 
 def _record(manifest: dict[str, Any], source: Checkpoint) -> dict[str, Any]:
     """What the manifest says relative to `source`: its direct source, or the origin of that."""
-    origin = manifest.get("origin")
-    given = describe_source(source)["files"]
-    if isinstance(origin, dict) and manifest.get("source", {}).get("files") != given:
-        return {**manifest, **origin}
-    return manifest
+    origin, direct = manifest.get("origin"), manifest.get("source")
+    is_direct = isinstance(direct, dict) and direct.get("files") == describe_source(source)["files"]
+    return {**manifest, **origin} if isinstance(origin, dict) and not is_direct else manifest
 
 
 def _row_of(manifest: dict[str, Any], described: dict[str, Any], family: Family, artefact: Path) -> Row:
