@@ -257,19 +257,17 @@ def test_generate(language: Path, tmp_path: Path, how: str, dims: list[int | Non
 @pytest.mark.parametrize(
     ("dims", "takes", "reason"),
     [
-        ([64, 64, 64], {"transformers", "mamba_ssm", "vLLM", "llama.cpp", "matexport"}, ""),
-        ([32, 32, 32], {"transformers", "mamba_ssm", "vLLM", "matexport"}, "must be 2"),
-        ([16, 16, 16], {"matexport"}, "inner width / d_model is 0.5, and it must be a whole number"),
-        ([64, 32, 32], {"matexport"}, "its layers differ in width"),
+        ([64, 64, 64], "llama.cpp mamba_ssm matexport transformers vLLM", ""),
+        ([32, 32, 32], "mamba_ssm matexport transformers vLLM", "must be 2"),
+        ([16, 16, 16], "matexport", "inner width / d_model is 0.5, and it must be a whole number"),
+        ([64, 32, 32], "matexport", "its layers differ in width"),
     ],
     ids=str,
 )
-def test_which_loaders_take_it(
-    language: Path, tmp_path: Path, dims: list[int | None], takes: set[str], reason: str
-) -> None:
+def test_which_loaders_take_it(language: Path, tmp_path: Path, dims: list[int | None], takes: str, reason: str) -> None:
     mx.plan(language, row_of(dims)).write(tmp_path / "out")
     loaders = matexport("inspect", "-m", tmp_path / "out", "--format", "json").json["loaders"]
-    assert {entry["loader"].split()[0] for entry in loaders if entry["takes"]} == takes
+    assert sorted(entry["loader"].split()[0] for entry in loaders if entry["takes"]) == sorted(takes.split())
     assert any(reason in entry["reason"] for entry in loaders)
     assert "loads in:" in matexport("inspect", "-m", tmp_path / "out").stdout
 
