@@ -75,6 +75,7 @@ def test_the_container(language: Path, tmp_path: Path) -> None:
     assert (config["vocab_size"], config["n_groups"], config["expand"], config["num_heads"]) == (104, 1, 1, 32)
     assert config["tie_word_embeddings"] is True
     assert config["pad_token_id"] is None
+    assert config["dtype"] == "float32"
     planned.write(tmp_path / "one")
     again = mx.plan(tmp_path / "one", row_of([8, None, 16]))  # a slice of a stock slice
     again.write(tmp_path / "two")

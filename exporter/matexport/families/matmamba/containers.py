@@ -12,6 +12,7 @@ from matexport.families.loaders import Loader, Verdict, judge
 
 EXPAND = 2  # channels per unit of width; fixed in the authors' code, whatever `expand` says
 CODE = "modeling_matmamba"  # the module that goes along with slices that need it
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # torch's names, widest first
 EMBEDDINGS = ("backbone.embedding.weight", "backbone.embeddings.weight")  # released name, transformers' name
 HEAD = "lm_head.weight"
 

@@ -240,6 +240,8 @@ def plan_slice(checkpoint: Checkpoint, row: Row, trained: Table | None = None) -
     else:
         rows = tensors[EMBEDDINGS[1]].shape[0]
         config = containers.language_config(checkpoint.config, heads, *sizes, rows)
+    stored = {tensor.dtype for tensor in tensors.values()}
+    config["dtype"] = containers.DTYPES[min(stored, key=list(containers.DTYPES).index)]
     count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     notes = _notes(checkpoint.config, row, full, widths, trained)
     return Plan("matmamba", row.name, layers, row.skipped, tensors, config, count, notes)
