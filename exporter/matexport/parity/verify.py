@@ -79,7 +79,8 @@ def _checked(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]
         array = inputs[name]
         if array.dtype.kind not in "fiub":
             raise InputError(f"input {name!r} holds no numbers", where="--inputs", fix="give a batch of real inputs")
-        if array.shape[1:] != sample.shape[1:] or not array.shape or not array.shape[0]:
+        free = sample.dtype.kind == "i"  # token ids: any length
+        if array.ndim != sample.ndim or not array.size or not (free or array.shape[1:] == sample.shape[1:]):
             what = f"input {name!r} has shape {array.shape}, (any, {', '.join(map(str, sample.shape[1:]))}) expected"
             raise InputError(what, where="--inputs", fix="give a batch of the model's own inputs")
     return {name: np.ascontiguousarray(inputs[name], sample.dtype) for name, sample in samples.items()}

@@ -297,3 +297,11 @@ def test_a_tokenizer_of_ones_own(language: Path, tmp_path: Path) -> None:
     result = matexport(*command, tmp_path / "nothing", "--force")
     assert result.code == 4
     assert "holds no tokenizer files" in result.stderr
+
+
+def test_token_ids_out_of_range(language: Path, tmp_path: Path) -> None:
+    mx.plan(language, row_of([8, 8, 8])).write(tmp_path / "out")
+    for ids, code in (([[1, 2, 3]] * 4, 0), ([[1] * 90], 0), ([[104] * 37], 4), ([[-1] * 37], 4), ([[1]], 4)):
+        np.savez(tmp_path / "ids.npz", input_ids=np.array(ids))
+        command = ["verify", "-m", tmp_path / "out", "--source", language, "--inputs", tmp_path / "ids.npz"]
+        assert matexport(*command).code == code

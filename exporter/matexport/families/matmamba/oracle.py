@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from matexport.checkpoint import Checkpoint
-from matexport.errors import CheckpointError
+from matexport.errors import CheckpointError, InputError
 from matexport.families.matmamba.containers import EMBEDDINGS, EXPAND, HEAD, SSM_KEYS, is_tied
 from matexport.families.matmamba.layout import leading_heads, read_model
 from matexport.families.matmamba.modeling import (
@@ -97,7 +97,11 @@ def _forward(model: Any, submodel: Submodel | None) -> Forward:
     @torch.no_grad()
     def forward(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         if isinstance(model, MatMambaForCausalLM):
-            return _language_outputs(model, torch.from_numpy(np.array(inputs["input_ids"])), {"submodel": submodel})
+            ids, rows = np.array(inputs["input_ids"]), model.config.vocab_size
+            if ids.shape[1] < 2 or ids.min() < 0 or ids.max() >= rows:
+                fix = f"give rows of at least two ids from 0 to {rows - 1}"
+                raise InputError("input 'input_ids' is out of range", where="--inputs", fix=fix)
+            return _language_outputs(model, torch.from_numpy(ids), {"submodel": submodel})
         pixels = torch.from_numpy(np.array(inputs["pixel_values"], np.float32))
         return {"logits": model(pixels, submodel=submodel).logits.numpy()}
 
