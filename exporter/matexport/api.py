@@ -18,6 +18,7 @@ from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import target_named
+from matexport.tensorrt.build import Profile, build_engine
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from matexport.parity.report import Report
 
 StrPath = str | Path
-Profile = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # min, opt and max shape of one input
 
 
 def _silent(_: int) -> None:
@@ -178,8 +178,6 @@ def build_trt(
         UsageError: a row for an ONNX folder, which is one slice already.
         See also `matexport.tensorrt.build_engine` and `export_onnx`.
     """
-    from matexport.tensorrt import build_engine
-
     chosen, model = target_named(target, "engine"), Path(model)
     build = partial(build_engine, output=Path(output), target=chosen, shapes=shapes or {}, force=force)
     if manifest_path(model).is_file() and read_manifest(model)["kind"] != "checkpoint":

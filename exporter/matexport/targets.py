@@ -21,15 +21,14 @@ class Target:
     kind: str
     form: str
     dtype: str
-    summary: str
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("portable", "onnx", "stock", "F32", "ai.onnx operators only: onnxruntime >= 1.20, any ONNX runtime"),
-        Target("rtx", "engine", "stock", "F32", "TensorRT-RTX engine for RTX GPUs, built without a GPU"),
-        Target("tensorrt", "engine", "stock", "F32", "TensorRT engine for the GPU of this machine"),
+        Target("portable", "onnx", "stock", "F32"),  # any ONNX runtime, onnxruntime >= 1.20
+        Target("rtx", "engine", "stock", "F32"),  # TensorRT-RTX: built anywhere, runs on RTX GPUs
+        Target("tensorrt", "engine", "stock", "F32"),  # TensorRT, on the GPU of this machine
     )
 }
 FORMS = ("stock",)

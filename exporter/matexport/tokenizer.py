@@ -9,13 +9,25 @@ from typing import Any
 from matexport.checkpoint import read_json
 from matexport.errors import InputError
 
-FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+)
 MAX_FILE = 256 << 20
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The files of a tokenizer, by name. Raises InputError if there are none."""
-    paths = sorted(p for p in folder.iterdir() if any(fnmatch(p.name, f) for f in FILES)) if folder.is_dir() else []
+    paths = (
+        sorted(p for p in folder.iterdir() if any(fnmatch(p.name, f) for f in TOKENIZER_FILES))
+        if folder.is_dir()
+        else []
+    )
     if not paths:
         raise InputError("holds no tokenizer files", where=str(folder), fix="give a folder with tokenizer.json")
     return {path.name: path.read_bytes() for path in paths if path.is_file() and path.stat().st_size <= MAX_FILE}

@@ -24,12 +24,13 @@ from matexport.manifest import FILE, describe_slice, json_bytes
 from matexport.planning import Plan, PlannedTensor
 from matexport.streaming import stream
 from matexport.tensors import numpy_dtype
+from matexport.tokenizer import TOKENIZER_FILES
 
 Progress = Callable[[int], None]  # told how many more bytes have been written
 
 # what a checkpoint carries beside config and weights; copied as it is
 COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    *TOKENIZER_FILES,
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
     "video_preprocessor_config.json", "chat_template*", "LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "USE_POLICY*",
 )  # fmt: skip

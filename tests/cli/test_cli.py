@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from matexport.cli import common, main
 from matexport.planning import Plan
+from matexport.slice_table import number, read_table
 from support import DIGITS, REPOSITORY, matexport, matexport_process, vision_checkpoint
 
 TABLE = REPOSITORY / "slices" / "matmamba-digits.csv"
@@ -185,10 +185,16 @@ def test_units() -> None:
     assert common.human_bytes(5 * 10**12) == "5 TB"
 
 
-def test_the_table_is_up_to_date() -> None:
-    """The packaged table's columns are those that measure.py writes."""
-    assert TABLE.read_text().splitlines()[0] == "name,# Layers,Mamba Dims,Layers Skipped,Held-out accuracy"
-    assert json.loads((DIGITS / "config.json").read_text())["d_model"] == 64
+def test_the_table_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of the packaged table says what measure.py measures now, to a third of a point (one digit is 0.28)."""
+    monkeypatch.syspath_prepend(DIGITS.parent)
+    from measure import METRIC, ROWS, measured
+
+    written = read_table(TABLE).rows
+    assert [row.name for row in written] == [row.name for row in ROWS]
+    for row, again in zip(written, map(measured, ROWS), strict=True):
+        assert (row.skipped, row.mamba, row.layers) == (again.skipped, again.mamba, again.layers)
+        assert number(row.metrics[METRIC]) == pytest.approx(number(again.metrics[METRIC]), abs=0.3)
 
 
 def test_names_reach_no_terminal_unescaped(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from matexport.cli.common import (
 )
 from matexport.errors import UsageError
 from matexport.targets import TARGETS
+from matexport.tensorrt.build import Profile
 
 
 @click.command()
@@ -57,7 +58,7 @@ def command(
     hint("inspect", "-m", output)
 
 
-def _profiles(groups: dict[str, tuple[str, ...]]) -> dict[str, api.Profile]:
+def _profiles(groups: dict[str, tuple[str, ...]]) -> dict[str, Profile]:
     """min, opt and max shapes in trtexec's grammar (`name:1x3x8x8`, commas between inputs) by input."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for kind, texts in groups.items():
