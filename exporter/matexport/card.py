@@ -15,7 +15,7 @@ from matexport.version import __version__
 
 def model_card(plan: Plan, row: Row, checkpoint: Checkpoint, family: dict[str, Any]) -> str:
     """Markdown with the Hub's front matter; `family` gives `pipeline_tag`, `tags` and `usage`."""
-    source = checkpoint.path.resolve().name
+    source = checkpoint.name
     widths = ", ".join(f"{layer.source}: {layer.width}" for layer in plan.layers)
     lines = [
         "---",

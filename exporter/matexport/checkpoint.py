@@ -6,6 +6,7 @@ size is checked before it is used (format: https://github.com/huggingface/safete
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,6 +28,48 @@ MAX_HEADER, MAX_CONFIG, MAX_INDEX = 100 << 20, 16 << 20, 100 << 20
 QUANTISED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 
 
+class Reader(Protocol):
+    """Random access to the bytes of one weight file, wherever it is."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` from `offset`. Raises CheckpointError where the file ends or cannot be read."""
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Says that these bytes are read soon; a reader may fetch them ahead."""
+
+    def close(self) -> None:
+        """Gives back what the reader holds."""
+
+
+class LocalFile:
+    """A weight file on a disk."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY)
+        except OSError as e:
+            raise CheckpointError(f"cannot be read: {e.strerror}", where=str(path), fix="check the disk") from None
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        while len(buffer):
+            try:
+                count = os.preadv(self.fd, [buffer], offset)
+            except OSError as e:
+                what = f"reading at byte {offset} failed: {e.strerror}"
+                raise CheckpointError(what, where=str(self.path), fix="check the disk") from None
+            if not count:
+                what, fix = f"ends at byte {offset}, inside a tensor", "the source changed while it was read"
+                raise CheckpointError(what, where=str(self.path), fix=fix)
+            buffer, offset = buffer[count:], offset + count
+
+    def will_need(self, offset: int, length: int) -> None:
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder, its config and its tensors by name (in file order)."""
@@ -36,6 +79,11 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
 
     @property
+    def name(self) -> str:
+        """What people call it: the folder's name."""
+        return self.path.resolve().name
+
+    @property
     def files(self) -> list[Path]:
         """The weight files, in order."""
         return list(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
@@ -43,12 +91,14 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """One whole tensor (bfloat16 as ml_dtypes' type). Raises CheckpointError if the file is cut short."""
         tensor = self.tensors[name]
-        with tensor.file.open("rb") as f:
-            f.seek(tensor.start)
-            data = f.read(tensor.nbytes)
-        if len(data) != tensor.nbytes:
-            raise CheckpointError(f"tensor {name!r} ends early", where=str(tensor.file), fix="download the file again")
-        return np.frombuffer(data, numpy_dtype(tensor.dtype)).reshape(tensor.shape)
+        data = np.empty(tensor.nbytes, np.uint8)
+        with contextlib.closing(self.open(tensor.file)) as file:
+            file.read_into(data.data, tensor.start)
+        return data.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape)
+
+    def open(self, file: Path) -> Reader:
+        """A reader of one of `files`. Raises CheckpointError."""
+        return LocalFile(file)
 
     def state(self) -> tuple[tuple[str, int, int], ...]:
         """Name, size and modification time (ns) of the weight files: differs once one of them has changed."""
@@ -233,19 +283,3 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
             )
         tensors |= found
     return tensors
-
-
-def read_at(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fills `buffer` from `offset`. Raises CheckpointError where the file ends or cannot be read."""
-    while len(buffer):
-        try:
-            count = os.preadv(fd, [buffer], offset)
-        except OSError as e:
-            raise CheckpointError(
-                f"reading at byte {offset} failed: {e.strerror}", where="source", fix="check the disk"
-            ) from None
-        if not count:
-            raise CheckpointError(
-                f"ends at byte {offset}, inside a tensor", where="source", fix="the source changed while it was read"
-            )
-        buffer, offset = buffer[count:], offset + count

@@ -65,7 +65,7 @@ def _origin(plan: Plan, manifest: dict[str, Any], where: str) -> dict[str, Any]:
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
     """What identifies a source without reading its weights: sizes, digests of config and of each file's layout."""
     return {
-        "name": checkpoint.path.resolve().name,
+        "name": checkpoint.name,
         "config_sha256": file_digest(checkpoint.path / "config.json"),
         "files": {
             file.name: {"bytes": file.stat().st_size, "layout_sha256": _layout_digest(checkpoint, file)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
-from matexport.checkpoint import Checkpoint, read_at
+from matexport.checkpoint import Checkpoint, Reader
 from matexport.planning import View
 from matexport.tensors import numpy_dtype
 
@@ -27,16 +27,13 @@ def stream(checkpoint: Checkpoint, view: View, *, block: int = BLOCK) -> Iterato
     """
     tensor = checkpoint.tensors[view.source]
     dtype = numpy_dtype(tensor.dtype)
-    fd = os.open(tensor.file, os.O_RDONLY)
-    try:
+    with contextlib.closing(checkpoint.open(tensor.file)) as file:
         runs, rows, row_elements = _layout(view)
         if all((stop - start) * dtype.itemsize >= DIRECT for start, stop in runs) or len(rows) == 1:
-            blocks = _read_runs(fd, tensor.start, dtype, runs, rows, max(1, block // dtype.itemsize))
+            blocks = _read_runs(file, tensor.start, dtype, runs, rows, max(1, block // dtype.itemsize))
         else:
-            blocks = _gather_rows(fd, tensor.start, dtype, runs, rows, row_elements, block)
+            blocks = _gather_rows(file, tensor.start, dtype, runs, rows, row_elements, block)
         yield from blocks
-    finally:
-        os.close(fd)
 
 
 def read(checkpoint: Checkpoint, view: View) -> np.ndarray:
@@ -82,7 +79,7 @@ def _layout(view: View) -> tuple[list[tuple[int, int]], np.ndarray, int]:
 
 
 def _read_runs(
-    fd: int, start: int, dtype: np.dtype, runs: list[tuple[int, int]], rows: np.ndarray, size: int
+    file: Reader, start: int, dtype: np.dtype, runs: list[tuple[int, int]], rows: np.ndarray, size: int
 ) -> Iterator[np.ndarray]:
     """Reads exactly the runs, many of them into one buffer of `size` elements."""
     total = len(rows) * sum(end - begin for begin, end in runs)
@@ -94,7 +91,7 @@ def _read_runs(
             position = begin
             while position < end:
                 count = min(end - position, len(buffer) - filled)
-                read_at(fd, raw[filled * item : (filled + count) * item], start + (row + position) * item)
+                file.read_into(raw[filled * item : (filled + count) * item], start + (row + position) * item)
                 filled, position = filled + count, position + count
                 if filled == len(buffer):
                     yield buffer
@@ -104,7 +101,7 @@ def _read_runs(
 
 
 def _gather_rows(
-    fd: int, start: int, dtype: np.dtype, runs: list[tuple[int, int]], rows: np.ndarray, length: int, block: int
+    file: Reader, start: int, dtype: np.dtype, runs: list[tuple[int, int]], rows: np.ndarray, length: int, block: int
 ) -> Iterator[np.ndarray]:
     """Reads neighbouring rows from their first run to their last one and copies the runs out of them."""
     first, last = min(begin for begin, _ in runs), max(end for _, end in runs)
@@ -117,7 +114,7 @@ def _gather_rows(
         while count < step and index + count < len(rows) and rows[index + count] == rows[index] + count * length:
             count += 1
         span = buffer[: (count - 1) * length + last - first]
-        read_at(fd, memoryview(span.view(np.uint8).data), start + (int(rows[index]) + first) * dtype.itemsize)
+        file.read_into(memoryview(span.view(np.uint8).data), start + (int(rows[index]) + first) * dtype.itemsize)
         position = 0
         for begin, end in runs:
             strided = np.lib.stride_tricks.as_strided(

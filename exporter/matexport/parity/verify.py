@@ -67,7 +67,7 @@ def verify_artefact(
         if all(comparison.passed for comparison in files):
             raise
         found = [Comparison(artefact.name, kind, False, 0.0, detail=f"{Path(e.where).name} cannot be read: {e.what}")]
-    return Report(artefact.name, source.path.resolve().name, plan.name, (*found, *files))
+    return Report(artefact.name, source.name, plan.name, (*found, *files))
 
 
 def _checked(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
