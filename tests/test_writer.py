@@ -22,7 +22,7 @@ from matexport.checkpoint import open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import CheckpointError, OutputError, UsageError
 from matexport.slice_table import Row
-from matexport.writer import staged_folder
+from matexport.staging import staged_folder
 from support import content, matexport, vision_checkpoint, vision_config, vision_tensors, write_checkpoint
 
 ROW = Row("mixed", skipped=(1,), mamba=Dims(head=(32, 5)))
@@ -163,13 +163,16 @@ def test_what_a_killed_run_left_is_replaced(vision: Path, tmp_path: Path) -> Non
     assert "junk" not in content(tmp_path / "out")
 
 
-def test_an_interrupted_run_leaves_nothing(vision: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_what_the_next_one_needs(vision: Path, tmp_path: Path) -> None:
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"\.out\.partial is kept"):
         mx.plan(vision, ROW).write(tmp_path / "out", progress=interrupt)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    with pytest.raises(KeyboardInterrupt):  # without digests there is nothing to go on from
+        mx.plan(vision, ROW).write(tmp_path / "plain", digest=False, progress=interrupt)
+    assert not (tmp_path / ".plain.partial").exists()
 
 
 def test_a_killed_run_leaves_no_output(vision: Path, tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ class PlannedSlice:
         max_shard_size: int | None = None,
         force: bool = False,
         strict: bool = False,
+        digest: bool = True,
+        resume: bool = True,
         tokenizer: StrPath | None = None,
         progress: Progress = _silent,
         warn: Callable[[str], None] = lambda text: None,
@@ -68,7 +70,7 @@ class PlannedSlice:
         files["README.md"] = model_card(plan, self.row, self.checkpoint, self.family.card(plan)).encode()
         write_checkpoint(
             self.checkpoint, plan, Path(output), files=files, max_shard_size=max_shard_size, force=force,
-            strict=strict, progress=progress, warn=warn,
+            strict=strict, digest=digest, resume=resume, progress=progress, warn=warn,
         )  # fmt: skip
 
 

@@ -104,6 +104,18 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """A manifest as JSON: one line for each tensor and file."""
+
+    def text(value: Any, indent: str, depth: int) -> str:
+        if not isinstance(value, dict) or not value or depth == 0:
+            return json.dumps(value)
+        lines = (f"{indent}  {json.dumps(key)}: {text(item, indent + '  ', depth - 1)}" for key, item in value.items())
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+    return (text(manifest, "", 2) + "\n").encode()
+
+
 def manifest_path(artefact: Path) -> Path:
     """Where the manifest of an artefact is: in its folder, or beside a single file."""
     return artefact.with_name(artefact.name + ".json") if artefact.suffix == ".onnx" else artefact / FILE

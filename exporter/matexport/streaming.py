@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,27 +14,52 @@ from matexport.checkpoint import Checkpoint, Reader
 from matexport.planning import View
 from matexport.tensors import numpy_dtype
 
-BLOCK = 8 << 20
+BLOCK = 1 << 20  # what is read is checked, hashed and written while it is in the processor's cache
 DIRECT = 4096  # runs of at least a page are read one by one, shorter ones gathered from whole rows
 
+Pool = Iterator[np.ndarray]  # byte buffers, each used again once the others have been
+Run = tuple[int, int]
 
-def stream(checkpoint: Checkpoint, view: View, *, block: int = BLOCK) -> Iterator[np.ndarray]:
+
+def pool_of(count: int, block: int = BLOCK) -> Pool:
+    """A pool of `count` buffers: an array from it is valid until `count - 1` more have been asked for."""
+    return itertools.cycle([np.empty(block, np.uint8) for _ in range(count)])
+
+
+def stream(
+    checkpoint: Checkpoint, view: View, *, start: int = 0, block: int = BLOCK, pool: Pool | None = None
+) -> Iterator[np.ndarray]:
     """Yields the elements of a view in C order, as flat arrays of at most `block` bytes each.
 
-    An array is only valid until the next one is asked for: the buffer is used again.
+    Args:
+        start: number of leading elements to leave out.
+        pool: of buffers of `block` bytes; by default one, so that an array is valid until the next is asked for.
 
     Raises:
         CheckpointError: the source ends early or cannot be read.
     """
     tensor = checkpoint.tensors[view.source]
     dtype = numpy_dtype(tensor.dtype)
+    runs, rows, length = _layout(view)
+    width = sum(stop - begin for begin, stop in runs)
+    if start >= width * len(rows):
+        return
+    if pool is None:
+        block = min(block, max(width * len(rows), 1) * dtype.itemsize)
+        pool = pool_of(1, max(block, dtype.itemsize))
+    buffers = (buffer[: len(buffer) // dtype.itemsize * dtype.itemsize].view(dtype) for buffer in pool)
+    first, inside = divmod(start, width)
     with contextlib.closing(checkpoint.open(tensor.file)) as file:
-        runs, rows, row_elements = _layout(view)
-        if all((stop - start) * dtype.itemsize >= DIRECT for start, stop in runs) or len(rows) == 1:
-            blocks = _read_runs(file, tensor.start, dtype, runs, rows, max(1, block // dtype.itemsize))
+        if inside:  # what is left of the row in which it starts
+            yield from _read_runs(file, tensor.start, _after(runs, inside), rows[first : first + 1], buffers)
+            first += 1
+        if first == len(rows):
+            return
+        long = all((stop - begin) * dtype.itemsize >= DIRECT for begin, stop in runs)
+        if long or len(rows) == 1 or max(length, width) * dtype.itemsize > block:
+            yield from _read_runs(file, tensor.start, runs, rows[first:], buffers)
         else:
-            blocks = _gather_rows(file, tensor.start, dtype, runs, rows, row_elements, block)
-        yield from blocks
+            yield from _gather_rows(file, tensor.start, runs, rows[first:], length, buffers)
 
 
 def read(checkpoint: Checkpoint, view: View) -> np.ndarray:
@@ -46,7 +72,7 @@ def read(checkpoint: Checkpoint, view: View) -> np.ndarray:
     return flat.reshape(view.shape)
 
 
-def stream_transposed(checkpoint: Checkpoint, view: View, *, block: int = 4 * BLOCK) -> Iterator[np.ndarray]:
+def stream_transposed(checkpoint: Checkpoint, view: View, *, block: int = 32 * BLOCK) -> Iterator[np.ndarray]:
     """Yields the transpose of a two-dimensional view, in C order, as flat arrays of about `block` bytes each."""
     rows, columns = view.shape
     view = replace(view, shape=view.taken)
@@ -59,7 +85,7 @@ def stream_transposed(checkpoint: Checkpoint, view: View, *, block: int = 4 * BL
         yield np.ascontiguousarray(strip.reshape(rows, -1).T).reshape(-1)
 
 
-def _layout(view: View) -> tuple[list[tuple[int, int]], np.ndarray, int]:
+def _layout(view: View) -> tuple[list[Run], np.ndarray, int]:
     """A view as runs of elements inside rows: the runs of one row, the first element of each row, the row's length."""
     axis = len(view.view_shape) - 1
     inner = 1
@@ -78,49 +104,58 @@ def _layout(view: View) -> tuple[list[tuple[int, int]], np.ndarray, int]:
     return runs, rows, length
 
 
-def _read_runs(
-    file: Reader, start: int, dtype: np.dtype, runs: list[tuple[int, int]], rows: np.ndarray, size: int
-) -> Iterator[np.ndarray]:
-    """Reads exactly the runs, many of them into one buffer of `size` elements."""
-    total = len(rows) * sum(end - begin for begin, end in runs)
-    buffer = np.empty(min(size, total), dtype)
+def _after(runs: list[Run], count: int) -> list[Run]:
+    """The runs without their first `count` elements."""
+    found = []
+    for begin, end in runs:
+        taken = min(count, end - begin)
+        count -= taken
+        if begin + taken < end:
+            found.append((begin + taken, end))
+    return found
+
+
+def _read_runs(file: Reader, start: int, runs: list[Run], rows: np.ndarray, buffers: Pool) -> Iterator[np.ndarray]:
+    """Reads each run straight to its place."""
+    buffer = next(buffers)
+    item, size, filled = buffer.itemsize, len(buffer), 0
     raw = memoryview(buffer.view(np.uint8).data)
-    item, filled = dtype.itemsize, 0
     for row in rows.tolist():
         for begin, end in runs:
             position = begin
             while position < end:
-                count = min(end - position, len(buffer) - filled)
+                count = min(end - position, size - filled)
                 file.read_into(raw[filled * item : (filled + count) * item], start + (row + position) * item)
                 filled, position = filled + count, position + count
-                if filled == len(buffer):
+                if filled == size:
                     yield buffer
-                    filled = 0
+                    buffer, filled = next(buffers), 0
+                    raw = memoryview(buffer.view(np.uint8).data)
     if filled:
         yield buffer[:filled]
 
 
 def _gather_rows(
-    file: Reader, start: int, dtype: np.dtype, runs: list[tuple[int, int]], rows: np.ndarray, length: int, block: int
+    file: Reader, start: int, runs: list[Run], rows: np.ndarray, length: int, buffers: Pool
 ) -> Iterator[np.ndarray]:
     """Reads neighbouring rows from their first run to their last one and copies the runs out of them."""
     first, last = min(begin for begin, _ in runs), max(end for _, end in runs)
     width = sum(end - begin for begin, end in runs)
-    step = max(1, block // (length * dtype.itemsize))
-    buffer, out = np.empty(step * length, dtype), np.empty((step, width), dtype)
-    index = 0
-    while index < len(rows):
-        count = 1
-        while count < step and index + count < len(rows) and rows[index + count] == rows[index] + count * length:
-            count += 1
-        span = buffer[: (count - 1) * length + last - first]
-        file.read_into(memoryview(span.view(np.uint8).data), start + (int(rows[index]) + first) * dtype.itemsize)
-        position = 0
-        for begin, end in runs:
-            strided = np.lib.stride_tricks.as_strided(
-                span[begin - first :], (count, end - begin), (length * dtype.itemsize, dtype.itemsize)
-            )
-            out[:count, position : position + end - begin] = strided
-            position += end - begin
-        yield out[:count].reshape(-1)
-        index += count
+    out = next(buffers)
+    item, step = out.itemsize, max(1, len(out) // max(length, width))
+    span = np.empty((step, length * item), np.uint8)
+    jumps = np.flatnonzero(np.diff(rows) != length) + 1  # where the next row is not the neighbour
+    for group in np.split(rows, jumps):
+        for index in range(0, len(group), step):
+            count = min(step, len(group) - index)
+            size = ((count - 1) * length + last - first) * item
+            target = memoryview(span.reshape(-1)[first * item : first * item + size].data)
+            file.read_into(target, start + (int(group[index]) + first) * item)
+            block = out[: count * width].view(np.uint8).reshape(count, width * item)
+            position = 0
+            for begin, end in runs:
+                stop = position + (end - begin) * item
+                block[:, position:stop] = span[:count, begin * item : end * item]
+                position = stop
+            yield out[: count * width]
+            out = next(buffers)

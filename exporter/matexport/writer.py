@@ -1,30 +1,34 @@
-"""Plans to files: streamed in blocks, written aside, synced, and put in place by one rename."""
+"""Plans to files: streamed in blocks, hashed and written at once."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import fnmatch
 import hashlib
 import json
-import math
 import os
-import shutil
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from matexport.checkpoint import Checkpoint
-from matexport.errors import CheckpointError, InputError, OutputError, UsageError
-from matexport.manifest import FILE, describe_slice, json_bytes
+from matexport.errors import CheckpointError, InputError
+from matexport.journal import Journal
+from matexport.manifest import FILE, describe_slice, json_bytes, manifest_bytes
 from matexport.planning import Plan, PlannedTensor
-from matexport.streaming import stream
+from matexport.staging import check_space, staged_folder
+from matexport.streaming import Pool, pool_of, stream
 from matexport.tensors import numpy_dtype
 from matexport.tokenizer import TOKENIZER_FILES
+
+AHEAD = 8  # buffers that hashing may be behind writing
+FLUSH = 8 << 20  # bytes after which the disk is asked to start writing
+MARK = 32 << 20  # bytes between the marks in a journal
 
 Progress = Callable[[int], None]  # told how many more bytes have been written
 
@@ -39,160 +43,103 @@ COMPANIONS = (
 Files = dict[str, dict[str, Any]]  # name -> {"bytes", "sha256"} of what was written
 
 
-# ------------------------------------------------------------------------------------ whole folders
-@contextlib.contextmanager
-def staged_folder(output: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
-    """A folder beside `output` to write into, which becomes `output` when the block ends without an error.
+def write_blocks(
+    path: Path,
+    blocks: Iterable[Any],
+    progress: Progress = lambda n: None,
+    *,
+    digest: bool = True,
+    start: int = 0,
+    seen: Any = None,
+    mark: Callable[[int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Writes buffers one after the other and returns `bytes` and `sha256` of the file.
 
-    It is locked while it is written, removed if the block fails, and replaced if an earlier run was killed.
+    Another thread hashes them, at most `AHEAD` of them behind: a buffer may be used again once `AHEAD` more
+    have been yielded.
 
-    Raises:
-        UsageError: `output` is not empty (without `force`), holds what matexport did not write, overlaps an
-            input, or another run writes it.
-        OutputError: the file system refuses, or is full.
+    Args:
+        digest: whether to hash what is written.
+        start: bytes of the file that are there already; the rest is replaced.
+        seen: the SHA-256 object that has seen those bytes.
+        mark: told now and then how many leading bytes are written, and their digest.
     """
-    output = Path(os.path.realpath(output))
-    for path in map(Path, map(os.path.realpath, inputs)):
-        if output == path or path in output.parents or output in path.parents:
-            raise UsageError(f"output overlaps the input {path}", where=str(output), fix="write to another folder")
-    if output == Path.cwd() or os.path.ismount(output):
-        raise UsageError(
-            "output cannot be replaced while it is in use", where=str(output), fix="name a folder inside it"
-        )
-    _check_output(output, force)
-    staging = output.with_name(f".{output.name}.partial")
-    with _io_errors(staging):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if staging.is_symlink():
-            raise UsageError("is a link", where=str(staging), fix="remove it")
-        staging.mkdir(exist_ok=True)
-        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    hasher = (seen or hashlib.sha256()) if digest else None
+    hashing: deque[tuple[int, Future[str]]] = deque()
+
+    def settle() -> None:
+        end, hashed = hashing.popleft()
+        if (sha256 := hashed.result()) and mark is not None:
+            mark(end, sha256)
+
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                "another run is writing this output", where=str(output), fix="wait for it to end"
-            ) from None
-        with _io_errors(staging):
-            for path in staging.iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        try:
-            with _io_errors(staging):
-                yield staging
-                _check_output(output, force)
-                _publish(staging, output)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
-
-
-def _check_output(output: Path, force: bool) -> None:
-    """Only what is empty, or was written by matexport and is to be replaced, may be in the way."""
-    if output.exists() and not output.is_dir():
-        raise UsageError("output is a file", where=str(output), fix="name a folder")
-    if output.is_dir() and any(output.iterdir()):
-        if not force:
-            fix = "name another folder, or replace it with --force"
-            raise UsageError("output is not empty", where=str(output), fix=fix)
-        if not (output / FILE).is_file():
-            what = f"output holds no {FILE}: matexport did not write it, and does not replace it"
-            raise UsageError(what, where=str(output), fix="name another folder")
-
-
-def _publish(staging: Path, output: Path) -> None:
-    """Syncs what was written and renames it into place; an older output stays until then."""
-    for folder, _, files in os.walk(staging):
-        for name in files:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
-    replaced = output.is_dir() and any(output.iterdir())
-    if replaced:
-        output.rename(old)
-    try:
-        staging.rename(output)
-    except OSError:
-        if replaced:
-            old.rename(output)
-        raise
-    _sync(output.parent)
-    if replaced:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
+        os.ftruncate(fd, start)
+        position = flushed = start
+        with ThreadPoolExecutor(1) as thread:
+            for block in blocks:
+                view = memoryview(block).cast("B")
+                end = position + len(view)
+                if hasher is not None:
+                    due = position // MARK != end // MARK
+                    hashing.append((end, thread.submit(_update, hasher, view, due)))
+                progress(len(view))
+                while view:
+                    count = os.pwrite(fd, view, position)
+                    view, position = view[count:], position + count
+                if position - flushed >= FLUSH:  # asks for what the sync at the end would otherwise wait for
+                    os.posix_fadvise(fd, flushed, position - flushed, os.POSIX_FADV_DONTNEED)
+                    flushed = position
+                if len(hashing) == AHEAD:
+                    settle()
+            while hashing:
+                settle()
     finally:
         os.close(fd)
+    return {"bytes": position, **({"sha256": hasher.hexdigest()} if hasher else {})}
 
 
-@contextlib.contextmanager
-def _io_errors(where: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        fix = {
-            errno.ENOSPC: "free some space, or write to another disk",
-            errno.EDQUOT: "free some of your quota",
-            errno.EACCES: "write to a folder of your own",
-            errno.EROFS: "write to another file system",
-        }.get(e.errno or 0, "check the disk and the folder's rights")
-        raise OutputError(f"cannot be written: {e.strerror}", where=str(e.filename or where), fix=fix) from e
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raises OutputError if the file system of `folder` has less than `needed` bytes left."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        what = f"{needed:,} bytes are needed and {free:,} are free"
-        raise OutputError(what, where=str(folder), fix="free some space, or write to another disk")
-
-
-# -------------------------------------------------------------------------------------- single files
-def write_blocks(path: Path, blocks: Iterable[Any], progress: Progress = lambda n: None) -> dict[str, Any]:
-    """Writes buffers one after the other and returns `bytes` and `sha256` of the file."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as f:
-        for block in blocks:
-            view = memoryview(block).cast("B")
-            digest.update(view)
-            size += len(view)
-            progress(len(view))
-            while view:
-                view = view[f.write(view) :]
-    return {"bytes": size, "sha256": digest.hexdigest()}
+def _update(digest: Any, view: memoryview, due: bool) -> str:
+    """Hashes a block; returns the digest so far where a mark is due."""
+    digest.update(view)
+    return str(digest.copy().hexdigest()) if due else ""
 
 
 def tensor_blocks(
-    checkpoint: Checkpoint, tensor: PlannedTensor, name: str, warn: Callable[[str], None]
+    checkpoint: Checkpoint,
+    tensor: PlannedTensor,
+    name: str,
+    warn: Callable[[str], None],
+    *,
+    start: int = 0,
+    pool: Pool | None = None,
 ) -> Iterator[Any]:
-    """The bytes of a planned tensor, cast where its dtype is another than the source's."""
+    """The bytes of a planned tensor from byte `start` on, cast where its dtype is another than the source's."""
     source = checkpoint.tensors[tensor.view.source]
+    dtype = numpy_dtype(tensor.dtype)
     finite = True
-    for block in stream(checkpoint, tensor.view):
-        finite = finite and _is_finite(block, source.dtype)
-        cast = block if tensor.dtype == source.dtype else block.astype(numpy_dtype(tensor.dtype))
-        yield cast.view(np.uint8)
-    if not finite:
-        warn(f"tensor {name!r} holds NaN or infinity (source {source.name!r})")
+    for block in stream(checkpoint, tensor.view, start=start // dtype.itemsize, pool=pool):
+        if finite and not _is_finite(block, source.dtype):
+            finite = False
+            warn(f"tensor {name!r} holds NaN or infinity (source {source.name!r})")
+        yield (block if tensor.dtype == source.dtype else block.astype(dtype)).view(np.uint8)
 
 
-_EXPONENT = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
+_INFINITY = {  # dtype -> its bits as signed and unsigned integers, and the bits of infinity without and with the sign
+    "F16": (np.int16, np.uint16, 0x7C00, 0xFC00),
+    "BF16": (np.int16, np.uint16, 0x7F80, 0xFF80),
+    "F32": (np.int32, np.uint32, 0x7F800000, 0xFF800000),
+}
 
 
 def _is_finite(block: np.ndarray, dtype: str) -> bool:
-    """No NaN and no infinity: the exponent bits are never all ones. Faster than isfinite for 16-bit types."""
+    """No NaN and no infinity: no bits from those of infinity up, of either sign. Two passes, no copy."""
     if dtype == "F64":
         return bool(np.isfinite(block).all())
-    if dtype not in _EXPONENT:
+    if dtype not in _INFINITY or not block.size:
         return True
-    bits, mask = _EXPONENT[dtype]
-    return not bool(((block.view(bits) & bits(mask)) == mask).any())
+    signed, unsigned, positive, negative = _INFINITY[dtype]
+    return bool(block.view(signed).max() < positive and block.view(unsigned).max() < negative)
 
 
 def safetensors_header(tensors: Mapping[str, PlannedTensor]) -> bytes:
@@ -218,6 +165,8 @@ def write_checkpoint(
     max_shard_size: int | None = None,
     force: bool = False,
     strict: bool = False,
+    digest: bool = True,
+    resume: bool = True,
     progress: Progress = lambda n: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> None:
@@ -227,36 +176,55 @@ def write_checkpoint(
         files: further files by name (model card, custom code).
         max_shard_size: bytes of tensors a file; one file if None.
         strict: a kept tensor with NaN or infinity is an error instead of a warning.
+        digest: note the SHA-256 of every file in the manifest; without, a killed run starts over.
+        resume: go on from what the same command left when it was killed.
 
     Raises:
         UsageError, OutputError: see `staged_folder`.
         CheckpointError: the source ends early, changed during the run, or (strict) is not finite.
     """
     output = Path(output)
-    unusual: list[str] = []
     before = checkpoint.state()
-    with staged_folder(output, force=force, inputs=[checkpoint.path]) as folder:
-        check_space(folder, plan.nbytes)
+    shards = dict(_shards(plan, max_shard_size))
+    described = describe_slice(plan, checkpoint)
+    run = {
+        "plan": plan.to_json(),
+        "source": described,
+        "state": before,
+        "shards": {n: list(t) for n, t in shards.items()},
+    }
+    with staged_folder(output, force=force, inputs=[checkpoint.path], resume=resume) as folder:
+        journal = Journal(folder, hashlib.sha256(json.dumps(run).encode()).hexdigest()) if digest else None
+        unusual: list[str] = journal.warnings if journal else []
+        check_space(folder, plan.nbytes - sum(path.stat().st_size for path in folder.iterdir()))
         written: Files = {}
+        pool = pool_of(AHEAD + 1)
 
-        def put(name: str, blocks: Iterable[Any], progress: Progress = lambda n: None) -> None:
+        def put(name: str, data: bytes) -> None:
             if name.casefold() in map(str.casefold, written):
                 raise InputError(f"two files are called {name!r} here", where=str(output), fix="rename one of them")
-            written[name] = write_blocks(folder / name, blocks, progress)
+            written[name] = write_blocks(folder / name, [data], digest=digest)
 
-        for name, tensors in _shards(plan, max_shard_size):
-            put(name, _file_blocks(checkpoint, tensors, unusual.append), progress)
-        shards = list(written)
-        put("config.json", [json_bytes(plan.config)])
+        for name, tensors in shards.items():
+            start, seen = journal.written(name) if journal else (0, None)
+            progress(start)
+            blocks = _file_blocks(checkpoint, tensors, journal.warn if journal else unusual.append, start, pool)
+            mark = partial(journal.mark, name) if journal else None
+            written[name] = entry = write_blocks(
+                folder / name, blocks, progress, digest=digest, start=start, seen=seen, mark=mark
+            )
+            if mark:
+                mark(entry["bytes"], entry["sha256"])
+        put("config.json", json_bytes(plan.config))
         if len(shards) > 1:
-            weight_map = {t: name for name, tensors in _shards(plan, max_shard_size) for t in tensors}
+            weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
             index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-            put("model.safetensors.index.json", [json_bytes(index)])
+            put("model.safetensors.index.json", json_bytes(index))
         for path in companions(checkpoint.path):
-            if path.name not in files:
-                put(path.name, _blocks_of(path))
+            if path.name.casefold() not in map(str.casefold, files):
+                put(path.name, path.read_bytes())
         for name, data in files.items():
-            put(name, [data])
+            put(name, data)
         if unusual and strict:
             raise CheckpointError("; ".join(unusual), where=str(checkpoint.path), fix="leave out --strict to keep them")
         if checkpoint.state() != before:
@@ -265,11 +233,11 @@ def write_checkpoint(
             )
         manifest = {
             "kind": "checkpoint",
-            **describe_slice(plan, checkpoint),
+            **described,
             "tensors": {name: tensor.to_json() for name, tensor in plan.tensors.items()},
             "files": dict(sorted(written.items())),
         }
-        put(FILE, [json_bytes(manifest)])
+        put(FILE, manifest_bytes(manifest))
     for text in unusual:
         warn(text)
 
@@ -290,12 +258,17 @@ def _shards(plan: Plan, limit: int | None) -> list[tuple[str, dict[str, PlannedT
 
 
 def _file_blocks(
-    checkpoint: Checkpoint, tensors: dict[str, PlannedTensor], warn: Callable[[str], None]
+    checkpoint: Checkpoint, tensors: dict[str, PlannedTensor], warn: Callable[[str], None], start: int, pool: Pool
 ) -> Iterator[Any]:
-    yield safetensors_header(tensors)
+    """The bytes of a weights file from byte `start` on."""
+    header = safetensors_header(tensors)
+    if start < len(header):
+        yield header[start:]
+    begin = len(header)
     for name, tensor in tensors.items():
-        if math.prod(tensor.shape):
-            yield from tensor_blocks(checkpoint, tensor, name, warn)
+        if start < begin + tensor.nbytes:
+            yield from tensor_blocks(checkpoint, tensor, name, warn, start=max(0, start - begin), pool=pool)
+        begin += tensor.nbytes
 
 
 def companions(folder: Path) -> list[Path]:
@@ -303,9 +276,3 @@ def companions(folder: Path) -> list[Path]:
     return sorted(
         path for path in folder.iterdir() if path.is_file() and any(fnmatch.fnmatch(path.name, p) for p in COMPANIONS)
     )
-
-
-def _blocks_of(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            yield block

@@ -14,13 +14,14 @@ from onnx_ir.passes.common import ShapeInferencePass
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, UsageError
 from matexport.graph.builder import DTYPES, Graph, Weight
-from matexport.manifest import FILE, describe_slice, json_bytes
+from matexport.manifest import FILE, describe_slice, json_bytes, manifest_bytes
 from matexport.planning import Plan
-from matexport.streaming import stream, stream_transposed
+from matexport.staging import check_space, staged_folder
+from matexport.streaming import pool_of, stream, stream_transposed
 from matexport.targets import Target
 from matexport.tensors import numpy_dtype
 from matexport.version import __version__
-from matexport.writer import Files, Progress, check_space, companions, staged_folder, write_blocks
+from matexport.writer import AHEAD, Files, Progress, companions, write_blocks
 
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 16  # large weights start on a page, so that they can be mapped
 
@@ -50,7 +51,7 @@ def write_onnx(
             put(folder, written, "config.json", json_bytes({k: v for k, v in plan.config.items() if k != "auto_map"}))
             for path in companions(checkpoint.path):
                 put(folder, written, path.name, path.read_bytes())
-            put(folder, written, FILE, json_bytes(_manifest(checkpoint, plan, graph, target, written)))
+            put(folder, written, FILE, manifest_bytes(_manifest(checkpoint, plan, graph, target, written)))
         return
     names = (f"{output.name}_data", f"{output.name}.json", output.name)  # in the order of publishing: the model last
     for path in map(output.with_name, names):
@@ -61,7 +62,7 @@ def write_onnx(
     shutil.rmtree(aside, ignore_errors=True)
     with staged_folder(aside, inputs=[checkpoint.path]) as folder:
         written = _write_model(checkpoint, plan, graph, folder, output.name, progress)
-        put(folder, written, f"{output.name}.json", json_bytes(_manifest(checkpoint, plan, graph, target, written)))
+        put(folder, written, f"{output.name}.json", manifest_bytes(_manifest(checkpoint, plan, graph, target, written)))
     output.unlink(missing_ok=True)
     for name in names:
         (aside / name).replace(output.with_name(name))
@@ -126,12 +127,12 @@ def _place(graph: Graph) -> tuple[dict[str, int], int]:
 
 
 def _weight_blocks(checkpoint: Checkpoint, weights: list[Weight], offsets: dict[str, int]) -> Iterator[Any]:
-    position = 0
+    position, pool = 0, pool_of(AHEAD + 1)
     for weight in weights:
         offset = offsets[str(weight.value.name)]
         if offset > position:
             yield bytes(offset - position)
         view, dtype = weight.tensor.view, numpy_dtype(weight.tensor.dtype)
-        for block in stream_transposed(checkpoint, view) if weight.transposed else stream(checkpoint, view):
+        for block in stream_transposed(checkpoint, view) if weight.transposed else stream(checkpoint, view, pool=pool):
             yield block.astype(dtype, copy=False).view(np.uint8)
         position = offset + weight.tensor.nbytes

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from matexport.errors import InputError, MatexportError, MismatchError, MissingError
-from matexport.manifest import FILE, describe_file, file_problems, json_bytes, read_manifest
+from matexport.manifest import FILE, describe_file, file_problems, manifest_bytes, read_manifest
+from matexport.staging import staged_folder
 from matexport.targets import Target
 from matexport.version import __version__
-from matexport.writer import staged_folder
 
 ENGINE = "model.engine"
 TIMEOUT = 3600  # seconds
@@ -77,7 +77,7 @@ def build_engine(
             "onnx": source["files"][model.name],
             "files": {ENGINE: describe_file(folder / ENGINE)},
         }
-        (folder / FILE).write_bytes(json_bytes(manifest))
+        (folder / FILE).write_bytes(manifest_bytes(manifest))
     return manifest
 
 
