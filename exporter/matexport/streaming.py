@@ -14,7 +14,6 @@ from matexport.planning import View
 from matexport.tensors import numpy_dtype
 
 BLOCK = 8 << 20
-DIRECT = 4096  # runs of at least a page are read one by one, shorter ones gathered from whole rows
 
 
 def stream(checkpoint: Checkpoint, view: View, *, block: int = BLOCK) -> Iterator[np.ndarray]:
@@ -29,7 +28,7 @@ def stream(checkpoint: Checkpoint, view: View, *, block: int = BLOCK) -> Iterato
     dtype = numpy_dtype(tensor.dtype)
     with contextlib.closing(checkpoint.open(tensor.file)) as file:
         runs, rows, row_elements = _layout(view)
-        if all((stop - start) * dtype.itemsize >= DIRECT for start, stop in runs) or len(rows) == 1:
+        if all((stop - start) * dtype.itemsize >= file.direct for start, stop in runs) or len(rows) == 1:
             blocks = _read_runs(file, tensor.start, dtype, runs, rows, max(1, block // dtype.itemsize))
         else:
             blocks = _gather_rows(file, tensor.start, dtype, runs, rows, row_elements, block)

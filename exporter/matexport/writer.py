@@ -237,6 +237,7 @@ def write_checkpoint(
     before = checkpoint.state()
     with staged_folder(output, force=force, inputs=[checkpoint.path]) as folder:
         check_space(folder, plan.nbytes)
+        checkpoint.fetch((tensor.view.source for tensor in plan.tensors.values()), COMPANIONS)
         written: Files = {}
 
         def put(name: str, blocks: Iterable[Any], progress: Progress = lambda n: None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from matexport.checkpoint import open_checkpoint
+from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.cli.common import echo_json, format_option, hint, human_bytes, model_option, pickle_option
 from matexport.errors import printable
 from matexport.families import family_of
@@ -28,11 +28,12 @@ def command(model: str, allow_pickle: bool, style: str) -> None:
       matexport inspect -m checkpoint
       matexport inspect -m half-onnx --format json
     """
-    path = Path(model)
+    remote = None if Path(model).exists() else open_checkpoint(model, allow_pickle=allow_pickle)
+    path = remote.path if remote else Path(model)
     manifest = read_manifest(path) if manifest_path(path).is_file() else None
     found = _artefact(manifest) if manifest else {"kind": "checkpoint"}
     if found["kind"] == "checkpoint":
-        found |= _checkpoint(path, allow_pickle)
+        found |= _checkpoint(remote or open_checkpoint(path, allow_pickle=allow_pickle))
     if style == "json":
         echo_json(found)
     else:
@@ -43,8 +44,7 @@ def command(model: str, allow_pickle: bool, style: str) -> None:
         hint("verify", "-m", model, "--source", "SOURCE")
 
 
-def _checkpoint(path: Path, allow_pickle: bool) -> dict[str, Any]:
-    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
+def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     family = family_of(checkpoint)
     plan = family.plan_slice(checkpoint, WHOLE, None)
     return {

@@ -36,12 +36,15 @@ from matexport.cli.common import (
     "--max-shard-size", callback=BYTES, metavar="SIZE", help="Most bytes of tensors in a file (5GB).  [one file]"
 )
 @click.option("--tokenizer", metavar="FOLDER", help="Tokenizer files to put along, for checkpoints that have none.")
+@click.option(
+    "--stream", is_flag=True, help="From the Hub: read byte ranges over HTTP instead of downloading weight files."
+)
 @click.option("--strict", is_flag=True, help="NaN or infinity in a kept tensor is an error.")
 @force_option
 @format_option
 def command(
     model: str, allow_pickle: bool, table: str | None, row: str | None, output: Path | None, dry_run: bool,
-    max_shard_size: int | None, tokenizer: str | None, strict: bool, force: bool, style: str,
+    max_shard_size: int | None, tokenizer: str | None, strict: bool, stream: bool, force: bool, style: str,
 ) -> None:  # fmt: skip
     """Writes one row of a slice table as a standalone checkpoint; without -s, the whole model.
 
@@ -49,6 +52,7 @@ def command(
     Examples:
       matexport slice -m checkpoint -s half -o half
       matexport slice -m checkpoint -s '#3' --dry-run --format json
+      matexport slice -m ORG/NAME@main -s half -o half --stream
     """
     planned = api.plan(model, row, table=table, allow_pickle=allow_pickle)
     plan = planned.plan
@@ -68,8 +72,8 @@ def command(
         raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
     with progress_bar("writing", plan.nbytes) as progress:
         planned.write(
-            output, max_shard_size=max_shard_size, force=force, strict=strict, tokenizer=tokenizer, progress=progress,
-            warn=note,
+            output, max_shard_size=max_shard_size, force=force, strict=strict, tokenizer=tokenizer, stream=stream,
+            progress=progress, warn=note,
         )  # fmt: skip
     if style == "json":
         echo_json(

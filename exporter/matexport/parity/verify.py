@@ -52,6 +52,7 @@ def verify_artefact(
     plan = family.plan_slice(source, row or _row_of(manifest, record, family, artefact), None)
     samples = family.sample_inputs(source.config, SAMPLES, SEED)
     inputs = samples if inputs is None else _checked(inputs, samples)
+    source.fetch(source.tensors)
     progress("the oracle")
     want = family.load_oracle(source, plan.layers)(inputs)
     kind = manifest["kind"]
