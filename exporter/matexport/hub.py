@@ -7,6 +7,7 @@ resolved once; from then on only its commit is asked for, so that a branch may m
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], *,
     from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
-        """No bars for files that are there at once; other bars are seen on a terminal only."""
+        """No bars for files that are there at once, and none where nobody watches."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
@@ -104,7 +105,7 @@ def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], *,
             revision=revision,
             allow_patterns=list(patterns),
             ignore_patterns=["*/*"],
-            tqdm_class=tqdm if show else Silent,
+            tqdm_class=tqdm if show and sys.stderr.isatty() else Silent,
         )
         return Path(folder)
 
@@ -136,7 +137,8 @@ class RemoteFile:
             if response.status_code != 206 or got != want:
                 answer = f"{response.status_code} {got}" if got else str(response.status_code)
                 what = f"the server does not serve byte ranges: {answer} for {want}"
-                raise CheckpointError(what, where=self.where, fix="download the repository first: hf download")
+                fix = "download the repository first: hf download " + self.where.partition("@")[0]
+                raise CheckpointError(what, where=self.where, fix=fix)
             filled = 0
             for block in response.iter_bytes():
                 block = block[: len(buffer) - filled]
@@ -197,7 +199,7 @@ def _explained(e: Exception, where: str) -> MatexportError | None:
     if isinstance(e, errors.HFValidationError):
         return CheckpointError("is no name of a repository", where=where, fix="give ORG/NAME[@REVISION]")
     if status is not None and status not in MAY_PASS:
-        fix = "try again, or download it first: hf download"
+        fix = "download the repository first: hf download " + where.partition("@")[0]
         return CheckpointError(f"the Hub answers {status}", where=where, fix=fix)
     if status is not None:
         return Unreachable(f"the Hub answers {status}", where=where, fix="try again later")
