@@ -93,21 +93,26 @@ def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], *,
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 
-    class Silent(tqdm):
-        """No bars for files that are there at once, and none where nobody watches."""
+    bars: list[tqdm] = []
+    silent = {} if show and sys.stderr.isatty() else {"disable": True}
+
+    class Bar(tqdm):
+        """A bar that we close: huggingface_hub leaves its own to the end of the program."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            super().__init__(*args, **{**options, **silent, "leave": False})  # type: ignore[no-untyped-call]
+            bars.append(self)
 
     def download() -> Path:
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=list(patterns),
-            ignore_patterns=["*/*"],
-            tqdm_class=tqdm if show and sys.stderr.isatty() else Silent,
-        )
-        return Path(folder)
+        allow, ignore = list(patterns), ["*/*"]
+        try:
+            folder = snapshot_download(
+                repository, revision=revision, allow_patterns=allow, ignore_patterns=ignore, tqdm_class=Bar
+            )
+            return Path(folder)
+        finally:
+            for bar in bars:
+                bar.close()
 
     return _attempt(download, f"{repository}@{revision}" if revision else repository, waits=())
 
