@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from matexport.card import model_card
 from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.errors import TableError, UsageError
-from matexport.families import Family, family_of, table_of
+from matexport.families import Family, family_of, table_of, with_options
 from matexport.families.rows import WHOLE
 from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import target_named
 from matexport.tensorrt.build import Profile, build_engine
+from matexport.tensors import FLOATS
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
 
@@ -62,7 +63,7 @@ class PlannedSlice:
             stream: read the weights of a repository on the Hub over HTTP, rather than download their files.
         """
         plan = self.plan
-        files = self.family.custom_code(plan)
+        files = self.family.extra_files(plan)
         if tokenizer is not None:
             files |= tokenizer_files(Path(tokenizer))
             plan = replace(plan, config={**plan.config, **special_ids(Path(tokenizer))})
@@ -80,7 +81,14 @@ def load_table(path: StrPath) -> Table:
 
 
 def plan(
-    model: StrPath, slice: str | Row | None = None, *, table: StrPath | Table | None = None, allow_pickle: bool = False
+    model: StrPath,
+    slice: str | Row | None = None,
+    *,
+    table: StrPath | Table | None = None,
+    options: Sequence[str] = (),
+    dtype: str | None = None,
+    repair: bool = False,
+    allow_pickle: bool = False,
 ) -> PlannedSlice:
     """Plans a slice of a checkpoint without reading a weight.
 
@@ -88,10 +96,15 @@ def plan(
         model: the checkpoint's folder, or ORG/NAME[@REVISION] on the Hub.
         slice: a row, or its name, `#number` or a unique part of its name; None is the whole model.
         table: a slice table; by default `slices.csv` beside the checkpoint, else the packaged one.
+        options: of the family, by name: `text_only`, `drop_dead_kv`.
+        dtype: cast float weights to `float32`, `float16` or `bfloat16`.
+        repair: `slice` is what the checkpoint was cut with by a tool that left its config.json wrong; the plan is
+            the whole checkpoint, put right.
         allow_pickle: also read `pytorch_model.bin`; nothing in it is run.
 
     Raises:
         CheckpointError, TableError: what is wrong, where, and the fix.
+        UsageError: an option that the family does not have, or an unknown dtype.
         MissingError: the Hub cannot be reached, or the repository is not open to this user.
     """
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
@@ -100,7 +113,20 @@ def plan(
     if isinstance(slice, str):
         slice = need_table(chosen, checkpoint).find(slice)
     row = slice or WHOLE
-    return PlannedSlice(checkpoint, family, row, family.plan_slice(checkpoint, row, known))
+    if repair:
+        checkpoint, row = family.repair(checkpoint, slice), WHOLE
+    planned = with_options(family.plan_slice(checkpoint, row, known), family, options, dtype_named(dtype))
+    return PlannedSlice(checkpoint, family, row, planned)
+
+
+def dtype_named(name: str | None) -> str | None:
+    """The safetensors name of a dtype: float16, fp16, f16 and F16 are one. Raises UsageError."""
+    if name is None:
+        return None
+    for dtype, full in FLOATS.items():
+        if name.casefold() in (full, dtype.casefold(), dtype.casefold().replace("f", "fp")) and dtype != "F64":
+            return dtype
+    raise UsageError(f"unknown dtype {name!r}", fix="one of float32, float16, bfloat16")
 
 
 def choose_table(
@@ -133,7 +159,8 @@ def slice(
     model: StrPath, name: str, output: StrPath, *, table: StrPath | Table | None = None, **options: Any
 ) -> PlannedSlice:
     """Plans the row `name` of a model and writes it; see `plan` and `PlannedSlice.write`."""
-    planned = plan(model, name, table=table)
+    chosen = {key: options.pop(key) for key in ("options", "dtype", "repair", "allow_pickle") if key in options}
+    planned = plan(model, name, table=table, **chosen)
     planned.write(output, **options)
     return planned
 

@@ -14,7 +14,7 @@ from matexport.version import __version__
 
 
 def model_card(plan: Plan, row: Row, checkpoint: Checkpoint, family: dict[str, Any]) -> str:
-    """Markdown with the Hub's front matter; `family` gives `pipeline_tag`, `tags` and `usage`."""
+    """Markdown with the Hub's front matter; `family` gives `pipeline_tag`, `tags`, `usage` and `license`s if known."""
     source = checkpoint.name
     widths = ", ".join(f"{layer.source}: {layer.width}" for layer in plan.layers)
     lines = [
@@ -22,6 +22,7 @@ def model_card(plan: Plan, row: Row, checkpoint: Checkpoint, family: dict[str, A
         "library_name: transformers",
         f"pipeline_tag: {family['pipeline_tag']}",
         f"tags: [{', '.join(['matexport', 'matryoshka', *family['tags']])}]",
+        *(f"{key}: {family[key]}" for key in ("license", "license_link") if key in family),
         "---",
         "",
         f"# {_inline(source)}, slice {_inline(plan.name)}",

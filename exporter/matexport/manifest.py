@@ -32,26 +32,34 @@ def describe_slice(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
             "name": plan.name,
             "layers": [{"source": layer.source, "width": layer.width} for layer in plan.layers],
             "skipped": list(plan.skipped),
+            "options": list(plan.options),
+            "dtype": plan.dtype,
             "parameters": plan.parameters,
             "notes": list(plan.notes),
         },
         "source": describe_source(checkpoint),
     }
     if (checkpoint.path / FILE).is_file():
-        described["origin"] = _origin(plan, read_manifest(checkpoint.path), str(checkpoint.path))
+        origin = _origin(plan, read_manifest(checkpoint.path), str(checkpoint.path))
+        described |= {"origin": origin} if origin else {}
     return described
 
 
-def _origin(plan: Plan, manifest: dict[str, Any], where: str) -> dict[str, Any]:
-    """What a plan is, relative to the origin of its source, whose manifest is given."""
+def _origin(plan: Plan, manifest: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """What a plan is, relative to the origin of its source, whose manifest is given; None after two casts."""
     base = manifest.get("origin", manifest)
     views = kept_tensors(base, "tensors", where)
     try:
+        options, dtype = base["slice"].get("options", []), base["slice"].get("dtype")
+        if dtype and plan.dtype:
+            return None
         layers, skipped = base["slice"]["layers"], base["slice"]["skipped"]
         record = {
             "name": plan.name,
             "layers": [{"source": layers[layer.source]["source"], "width": layer.width} for layer in plan.layers],
             "skipped": sorted([*skipped, *(layers[i]["source"] for i in plan.skipped)]),
+            "options": list(dict.fromkeys([*options, *plan.options])),
+            "dtype": plan.dtype or dtype,
         }
         tensors = {
             name: replace(tensor, view=compose(tensor.view, views[tensor.view.source].view)).to_json()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from matexport.errors import InputError
-from matexport.tensors import DTYPES, Tensor
+from matexport.tensors import DTYPES, FLOATS, Tensor
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -138,6 +138,18 @@ def _through(inner: Ranges, outer: Ranges) -> Ranges:
 
 
 # --------------------------------------------------------------------------------------------- plans
+def _retyped(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A config.json whose dtypes, of the model and of its parts, are `name`."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            value = name
+        elif key.endswith("_config") and isinstance(value, dict):
+            value = _retyped(value, name)
+        found[key] = value
+    return found
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """One output tensor: a view, stored as `dtype` (another than the source's means a cast)."""
@@ -195,6 +207,9 @@ class Plan:
         tensors: output name -> what it is, in the order in which they are written.
         config: the new `config.json`.
         effective_parameters: the count that has to be in fast memory (the family decides).
+        tower_parameters: of what is stored beside the nested model and copied whole (vision, audio).
+        dtype: what the float tensors are cast to; None leaves each as it is.
+        options: what was done to the plan beside the row (see `Family.OPTIONS`), by name.
         notes: what a user should know; nothing that stops the slice.
     """
 
@@ -205,7 +220,10 @@ class Plan:
     tensors: dict[str, PlannedTensor]
     config: dict[str, Any]
     effective_parameters: int
-    notes: tuple[str, ...] = field(default=())
+    tower_parameters: int = 0
+    options: tuple[str, ...] = ()
+    dtype: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -217,11 +235,17 @@ class Plan:
         """Bytes of the tensors (a file adds its header)."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def cast(self, dtype: str) -> Plan:
-        """The same plan with every float tensor stored as `dtype`."""
-        floats = ("F16", "BF16", "F32", "F64")
-        tensors = {n: PlannedTensor(dtype if t.dtype in floats else t.dtype, t.view) for n, t in self.tensors.items()}
-        return replace(self, tensors=tensors)
+    @property
+    def model_parameters(self) -> int:
+        """Number of stored elements without the towers."""
+        return self.parameters - self.tower_parameters
+
+    def cast(self, dtype: str | None) -> Plan:
+        """The same plan with every float tensor stored as `dtype`, and a config.json that says so."""
+        if dtype is None:
+            return self
+        tensors = {n: PlannedTensor(dtype if t.dtype in FLOATS else t.dtype, t.view) for n, t in self.tensors.items()}
+        return replace(self, tensors=tensors, dtype=dtype, config=_retyped(self.config, FLOATS[dtype]))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -229,9 +253,12 @@ class Plan:
             "name": self.name,
             "layers": [{"source": layer.source, "width": layer.width} for layer in self.layers],
             "skipped": list(self.skipped),
+            "options": list(self.options),
+            "dtype": self.dtype,
             "tensors": {name: tensor.to_json() for name, tensor in self.tensors.items()},
             "config": self.config,
             "parameters": self.parameters,
+            "model_parameters": self.model_parameters,
             "effective_parameters": self.effective_parameters,
             "bytes": self.nbytes,
             "notes": list(self.notes),
@@ -248,5 +275,8 @@ class Plan:
             tensors={name: PlannedTensor.from_json(tensor) for name, tensor in data["tensors"].items()},
             config=dict(data["config"]),
             effective_parameters=int(data["effective_parameters"]),
+            tower_parameters=int(data["parameters"]) - int(data["model_parameters"]),
+            options=tuple(map(str, data["options"])),
+            dtype=data["dtype"],
             notes=tuple(map(str, data["notes"])),
         )

@@ -15,6 +15,8 @@ DTYPES: dict[str, tuple[int, str]] = {
     "BF16": (2, "bfloat16"), "F32": (4, "float32"), "F64": (8, "float64"),
 }  # fmt: skip
 
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # -> name in a config.json
+
 
 @dataclass(frozen=True)
 class Tensor:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 import importlib.resources
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from matexport.checkpoint import Checkpoint
-from matexport.errors import CheckpointError
+from matexport.errors import CheckpointError, UsageError
 from matexport.families.loaders import Verdict
 from matexport.planning import KeptLayer, Plan
 from matexport.slice_table import Row, Table, read_table
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from matexport.graph.builder import Graph
 
-FAMILIES = ("matmamba",)
+FAMILIES = ("gemma3n", "matmamba")
 
 Arrays = Mapping[str, "np.ndarray"]
 # Inputs by name -> outputs by name. An output `decode.X` is X computed step by step, from states.
@@ -34,6 +35,7 @@ class Family(Protocol):
 
     NAME: str
     COLUMN: str  # the column of a slice table that holds its widths
+    OPTIONS: Mapping[str, Callable[[Plan], Plan]]  # what can be done to a plan beside choosing a row
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint, whole or sliced, is of this family."""
@@ -44,14 +46,20 @@ class Family(Protocol):
     def plan_slice(self, checkpoint: Checkpoint, row: Row, trained: Table | None) -> Plan:
         """Plans one row. Raises TableError, CheckpointError."""
 
-    def custom_code(self, plan: Plan) -> dict[str, bytes]:
-        """Python files that go along with a sliced checkpoint, by name; none where a library has its class."""
+    def extra_files(self, plan: Plan) -> dict[str, bytes]:
+        """Files that go along with a sliced checkpoint, by name: its class where no library has it, a notice."""
 
     def card(self, plan: Plan) -> dict[str, Any]:
-        """What the model card of a slice says: `pipeline_tag`, `tags`, `usage` (Python code)."""
+        """What the model card of a slice says: `pipeline_tag`, `tags`, `usage` (Python code), `license`s if known."""
 
     def loaders(self, checkpoint: Checkpoint) -> list[Verdict]:
         """Which programs load this checkpoint, and why another one does not."""
+
+    def damage(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """What a known faulty tool left wrong in this checkpoint."""
+
+    def repair(self, checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
+        """The checkpoint without that damage; `row` is what it was cut with. Raises CheckpointError, UsageError."""
 
     def build_graph(self, plan: Plan) -> Graph:
         """The ONNX graph of a planned slice, in ai.onnx ops."""
@@ -59,8 +67,8 @@ class Family(Protocol):
     def sample_inputs(self, config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:
         """Random inputs by name, `count` along the batch axis."""
 
-    def load_oracle(self, checkpoint: Checkpoint, layers: Sequence[KeptLayer]) -> Forward:
-        """The whole source model in fp32, run with the slice applied at run time."""
+    def load_oracle(self, checkpoint: Checkpoint, layers: Sequence[KeptLayer], dtype: str | None) -> Forward:
+        """The whole source model in fp32, its weights rounded to `dtype`, with the slice applied at run time."""
 
     def load_slice(self, checkpoint: Checkpoint) -> Forward:
         """A sliced checkpoint in fp32 in the oracle's class, its weights loaded strictly."""
@@ -78,6 +86,22 @@ def family_of(checkpoint: Checkpoint) -> Family:
     kind = checkpoint.config.get("model_type") or checkpoint.config.get("architectures") or "no model_type"
     fix = f"the families are: {', '.join(FAMILIES)}"
     raise CheckpointError(f"is of no family that can be sliced ({kind})", where=str(checkpoint.path), fix=fix)
+
+
+def with_options(plan: Plan, family: Family, options: Sequence[str] = (), dtype: str | None = None) -> Plan:
+    """The plan with the named options of its family applied, and its floats cast to `dtype`.
+
+    Raises:
+        UsageError: the family has no such option.
+    """
+    for name in options:
+        if name not in family.OPTIONS:
+            known = ", ".join(f"--{option.replace('_', '-')}" for option in family.OPTIONS) or "none"
+            what = f"{family.NAME} has no option --{name.replace('_', '-')}"
+            raise UsageError(what, fix=f"leave it out; its options are: {known}")
+        plan = family.OPTIONS[name](plan)
+        plan = replace(plan, options=(*plan.options, name))
+    return plan.cast(dtype)
 
 
 def family_named(name: str) -> Family:

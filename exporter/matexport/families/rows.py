@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from matexport.dims import Dims
 from matexport.errors import TableError
 from matexport.slice_table import FFN, MAMBA, SKIPPED, TITLES, Row
 
 WHOLE = Row("whole model")
+CLOSE = 0.02  # billions: how far the published tables are off
 
 
 def kept_layers(row: Row, count: int) -> tuple[int, ...]:
@@ -52,3 +55,14 @@ def widths_of(row: Row, column: str, kept: tuple[int, ...], full: tuple[int, ...
         where = f"{row.where or row.name}, column {TITLES[column]!r}"
         raise TableError(what, where=where, fix="give one width for each kept layer, or [WIDTH, ...]")
     return widths
+
+
+def count_notes(row: Row, effective: int) -> list[str]:
+    """Notes on a declared number of effective parameters, or one in the name, that is not the exact one."""
+    exact, found = effective / 1e9, []
+    if row.effective is not None and abs(row.effective - exact) > CLOSE:
+        found.append(f"declares {row.effective:g} B effective parameters, it has {exact:.2f} B")
+    named = re.search(r"\bE(\d+\.\d+)B\b", row.name)
+    if named and abs(float(named[1]) - exact) > CLOSE:
+        found.append(f"is named {named[0]}, it has {exact:.2f} B effective parameters")
+    return found

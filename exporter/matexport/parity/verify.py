@@ -12,7 +12,7 @@ import numpy as np
 from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
-from matexport.families import Family, family_of
+from matexport.families import Family, family_of, with_options
 from matexport.manifest import describe_source, kept_tensors, manifest_path, read_manifest
 from matexport.parity.comparison import Comparison, compare
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
@@ -20,6 +20,7 @@ from matexport.parity.report import Report
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.slice_table import FFN, Row
 from matexport.targets import target_named
+from matexport.tensors import FLOATS
 from matexport.version import __version__
 
 SAMPLES, SEED = 8, 0
@@ -50,11 +51,12 @@ def verify_artefact(
     manifest = _manifest(artefact, row)
     record = _record(manifest, source)
     plan = family.plan_slice(source, row or _row_of(manifest, record, family, artefact), None)
+    plan = with_options(plan, family, *_options_of(record, artefact))
     samples = family.sample_inputs(source.config, SAMPLES, SEED)
     inputs = samples if inputs is None else _checked(inputs, samples)
     source.fetch(source.tensors)
     progress("the oracle")
-    want = family.load_oracle(source, plan.layers)(inputs)
+    want = family.load_oracle(source, plan.layers, plan.dtype)(inputs)
     kind = manifest["kind"]
     check = {"checkpoint": _check_checkpoint, "onnx": _check_onnx, "engine": _check_engine}.get(kind)
     if check is None:
@@ -118,6 +120,14 @@ def _row_of(manifest: dict[str, Any], described: dict[str, Any], family: Family,
     return Row(name, skipped, ffn=widths if is_ffn else None, mamba=None if is_ffn else widths, where=str(artefact))
 
 
+def _options_of(record: dict[str, Any], artefact: Path) -> tuple[list[str], str | None]:
+    """What a manifest says was done beside the row: options by name, and the dtype of a cast."""
+    options, dtype = record.get("slice", {}).get("options", []), record.get("slice", {}).get("dtype")
+    if not isinstance(options, list) or not (dtype is None or dtype in FLOATS):
+        raise InputError("manifest cannot be read", where=str(artefact), fix="write the artefact again")
+    return options, dtype
+
+
 Outputs = Mapping[str, np.ndarray]
 
 
@@ -155,17 +165,17 @@ def _check_checkpoint(subject: Subject, inputs: Outputs, want: Outputs) -> list[
 
 
 def _check_config(subject: Subject, standalone: Checkpoint) -> list[Comparison]:
-    """config.json says what the plan says, and the custom code is ours; a tokenizer may add its ids."""
+    """config.json says what the plan says, and code and notices are ours; a tokenizer may add its ids."""
     found = []
     for key, value in subject.plan.config.items():
         if not key.endswith("_token_id") and standalone.config.get(key) != value:
             detail = f"{key} is {standalone.config.get(key)!r}, {value!r} expected"
             found.append(Comparison("config.json", "config", False, 0.0, detail=detail))
     if subject.manifest.get("matexport", __version__) == __version__:
-        for name, code in subject.family.custom_code(subject.plan).items():
+        for name, code in subject.family.extra_files(subject.plan).items():
             path = subject.artefact / name
             if not path.is_file() or path.read_bytes() != code:
-                found.append(Comparison(name, "config", False, 0.0, detail="is not the code of this version"))
+                found.append(Comparison(name, "config", False, 0.0, detail="is not what this version writes"))
     return found or [Comparison("config.json", "config", True, 0.0)]
 
 
@@ -173,7 +183,7 @@ def _compare_outputs(kind: str, got: Outputs, want: Outputs) -> list[Comparison]
     """Every output with the oracle's, and what was decoded step by step with what was computed at once."""
     missing = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in want if name not in got]
     found = missing + [compare(name, kind, got[name], want[name]) for name in want if name in got]
-    steps = [name for name in got if name.startswith("decode.") and name in want]
+    steps = [name for name in got if name.startswith("decode.") and name.removeprefix("decode.") in want]
     return found + [compare(name, "decode", got[name], want[name.removeprefix("decode.")]) for name in steps]
 
 

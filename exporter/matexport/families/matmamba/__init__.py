@@ -13,7 +13,7 @@ from matexport.families.loaders import Verdict
 from matexport.families.matmamba.containers import verdicts
 from matexport.families.matmamba.layout import packaged_table, plan_slice, read_model, recognises
 from matexport.planning import KeptLayer, Plan
-from matexport.slice_table import MAMBA
+from matexport.slice_table import MAMBA, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 
 NAME = "matmamba"
 COLUMN = MAMBA
+OPTIONS: Mapping[str, Callable[[Plan], Plan]] = {}
 TOKENS = 37  # of the sample inputs: no multiple of anything
 
 __all__ = [
-    "COLUMN", "NAME", "build_graph", "card", "custom_code", "load_oracle", "load_slice", "load_stock", "loaders",
-    "packaged_table", "plan_slice", "recognises", "sample_inputs",
+    "COLUMN", "NAME", "OPTIONS", "build_graph", "card", "damage", "extra_files", "load_oracle", "load_slice",
+    "load_stock", "loaders", "packaged_table", "plan_slice", "recognises", "repair", "sample_inputs",
 ]  # fmt: skip
 
 Forward = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def custom_code(plan: Plan) -> dict[str, bytes]:
+def extra_files(plan: Plan) -> dict[str, bytes]:
     if "auto_map" not in plan.config:
         return {}
     return {"modeling_matmamba.py": (Path(__file__).parent / "modeling.py").read_bytes()}
@@ -55,6 +56,14 @@ def loaders(checkpoint: Checkpoint) -> list[Verdict]:
     return verdicts(model.kind, checkpoint.config, [mixer.heads for mixer in model.mixers], model.head_dim)
 
 
+def damage(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return ()
+
+
+def repair(checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
+    raise UsageError("no tool is known to damage MatMamba checkpoints", fix="leave out --repair")
+
+
 def build_graph(plan: Plan) -> Graph:
     if plan.config["model_type"] != "matmamba_vision":
         raise UsageError("language models cannot be exported to ONNX yet", fix="slice them: matexport slice")
@@ -73,8 +82,8 @@ def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np
     return {"input_ids": rng.integers(0, config["vocab_size"], (count, TOKENS))}
 
 
-def load_oracle(checkpoint: Checkpoint, layers: Sequence[KeptLayer]) -> Forward:
-    found: Forward = _oracle().load_oracle(checkpoint, layers)
+def load_oracle(checkpoint: Checkpoint, layers: Sequence[KeptLayer], dtype: str | None = None) -> Forward:
+    found: Forward = _oracle().load_oracle(checkpoint, layers, dtype)
     return found
 
 

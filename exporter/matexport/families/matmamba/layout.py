@@ -244,7 +244,7 @@ def plan_slice(checkpoint: Checkpoint, row: Row, trained: Table | None = None) -
     config["dtype"] = containers.DTYPES[min(stored, key=list(containers.DTYPES).index)]
     count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     notes = _notes(checkpoint.config, row, full, widths, trained)
-    return Plan("matmamba", row.name, layers, row.skipped, tensors, config, count, notes)
+    return Plan("matmamba", row.name, layers, row.skipped, tensors, config, count, notes=notes)
 
 
 def _tensors(checkpoint: Checkpoint, model: Model, layers: Sequence[KeptLayer]) -> dict[str, PlannedTensor]:

@@ -20,12 +20,15 @@ from matexport.families.matmamba.modeling import (
     Submodel,
 )
 from matexport.planning import KeptLayer
+from matexport.tensors import numpy_dtype
 
 Forward = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
-def load_model(checkpoint: Checkpoint) -> MatMambaForCausalLM | MatMambaVisionForImageClassification:
-    """The checkpoint as it is, in our class and fp32; every parameter used, none missing, none left over.
+def load_model(
+    checkpoint: Checkpoint, dtype: str | None = None
+) -> MatMambaForCausalLM | MatMambaVisionForImageClassification:
+    """The checkpoint in our class and fp32, rounded to `dtype` first; every parameter used, none missing or left over.
 
     Raises:
         CheckpointError: a tied head that is not the embedding.
@@ -42,7 +45,7 @@ def load_model(checkpoint: Checkpoint) -> MatMambaForCausalLM | MatMambaVisionFo
         "ssm_cfg": {**ssm, "d_state": source.mixers[0].state, "d_conv": source.mixers[0].kernel},
     }
     # copies: the alignment of a mapped file can change the last bits of a matrix product
-    state = {name: _tensor(checkpoint.read(name)).float().clone() for name in checkpoint.tensors}
+    state = {name: _tensor(_rounded(checkpoint.read(name), dtype)).float().clone() for name in checkpoint.tensors}
     model: MatMambaForCausalLM | MatMambaVisionForImageClassification
     if source.kind == "vision":
         model = MatMambaVisionForImageClassification(MatMambaVisionConfig(**options))
@@ -58,14 +61,18 @@ def load_model(checkpoint: Checkpoint) -> MatMambaForCausalLM | MatMambaVisionFo
     return model.eval()
 
 
-def load_oracle(checkpoint: Checkpoint, layers: Sequence[KeptLayer]) -> Forward:
-    """The full model of `checkpoint`, of which only the given layers and their leading heads compute."""
+def load_oracle(checkpoint: Checkpoint, layers: Sequence[KeptLayer], dtype: str | None = None) -> Forward:
+    """The full model of `checkpoint`, of which only the given layers and their leading heads compute.
+
+    Args:
+        dtype: what the slice's weights were cast to; they are rounded to it here too.
+    """
     mixers = read_model(checkpoint).mixers
     submodel = []
     for layer in layers:
         mixer = mixers[layer.source]
         submodel.append((layer.source, leading_heads(mixer, EXPAND * layer.width // mixer.head_dim)))
-    return _forward(load_model(checkpoint), submodel)
+    return _forward(load_model(checkpoint, dtype), submodel)
 
 
 def load_slice(checkpoint: Checkpoint) -> Forward:
@@ -118,6 +125,10 @@ def _language_outputs(model: Any, ids: torch.Tensor, options: dict[str, Any]) ->
         pieces.append(out.logits)
     whole = model(ids, use_cache=False, **options).logits
     return {"logits": whole.numpy(), "decode.logits": torch.cat(pieces, 1).numpy()}
+
+
+def _rounded(array: np.ndarray, dtype: str | None) -> np.ndarray:
+    return array if dtype is None else array.astype(numpy_dtype(dtype))
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
