@@ -20,7 +20,7 @@ PLUGINS = sorted((REPOSITORY / "plugins" / "matexport_plugins").rglob("*.py"))
 LAYERS = [
     {"errors", "version"},
     {"dims", "tensors"},
-    {"pickles", "slice_table"},
+    {"pickles", "slice_table", "hub"},
     {"checkpoint"},
     {"planning"},
     {"streaming", "manifest", "journal", "pareto", "tokenizer"},

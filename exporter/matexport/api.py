@@ -54,6 +54,7 @@ class PlannedSlice:
         digest: bool = True,
         resume: bool = True,
         tokenizer: StrPath | None = None,
+        stream: bool = False,
         progress: Progress = _silent,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -61,6 +62,7 @@ class PlannedSlice:
 
         Args:
             tokenizer: a folder whose tokenizer files go along, and whose special ids go into config.json.
+            stream: read the weights of a repository on the Hub over HTTP, rather than download their files.
         """
         plan = self.plan
         files = self.family.extra_files(plan)
@@ -68,8 +70,9 @@ class PlannedSlice:
             files |= tokenizer_files(Path(tokenizer))
             plan = replace(plan, config={**plan.config, **special_ids(Path(tokenizer))})
         files["README.md"] = model_card(plan, self.row, self.checkpoint, self.family.card(plan)).encode()
+        checkpoint = replace(self.checkpoint, streams=stream)
         write_checkpoint(
-            self.checkpoint, plan, Path(output), files=files, max_shard_size=max_shard_size, force=force,
+            checkpoint, plan, Path(output), files=files, max_shard_size=max_shard_size, force=force,
             strict=strict, digest=digest, resume=resume, progress=progress, warn=warn,
         )  # fmt: skip
 
@@ -92,7 +95,7 @@ def plan(
     """Plans a slice of a checkpoint without reading a weight.
 
     Args:
-        model: the checkpoint's folder.
+        model: the checkpoint's folder, or ORG/NAME[@REVISION] on the Hub.
         slice: a row, or its name, `#number` or a unique part of its name; None is the whole model.
         table: a slice table; by default `slices.csv` beside the checkpoint, else the packaged one.
         options: of the family, by name: `text_only`, `drop_dead_kv`.
@@ -104,6 +107,7 @@ def plan(
     Raises:
         CheckpointError, TableError: what is wrong, where, and the fix.
         UsageError: an option that the family does not have, or an unknown dtype.
+        MissingError: the Hub cannot be reached, or the repository is not open to this user.
     """
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     family = family_of(checkpoint)
@@ -207,15 +211,16 @@ def build_trt(
         UsageError: a row for an ONNX folder, which is one slice already.
         See also `matexport.tensorrt.build_engine` and `export_onnx`.
     """
-    chosen, model = target_named(target, "engine"), Path(model)
+    chosen, path = target_named(target, "engine"), Path(model)
     build = partial(build_engine, output=Path(output), target=chosen, shapes=shapes or {}, force=force)
-    if manifest_path(model).is_file() and read_manifest(model)["kind"] != "checkpoint":
+    if manifest_path(path).is_file() and read_manifest(path)["kind"] != "checkpoint":
         if slice is not None:
-            raise UsageError("an ONNX folder is one slice already", where=str(model), fix="leave out -s")
-        return build(model)
+            raise UsageError("an ONNX folder is one slice already", where=str(path), fix="leave out -s")
+        return build(path)
+    planned = plan(model, slice, table=table)
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(model, Path(folder, "onnx"), slice=slice, table=table)
-        return build(Path(folder, "onnx"), inputs=[model])
+        export_onnx(planned, Path(folder, "onnx"))
+        return build(Path(folder, "onnx"), inputs=[planned.checkpoint.path])
 
 
 def verify(
@@ -231,8 +236,9 @@ def verify(
     """Compares an artefact with its source; see `matexport.parity.verify.verify_artefact`."""
     from matexport.parity.verify import verify_artefact
 
-    row = plan(source, slice, table=table, allow_pickle=allow_pickle).row if slice else None
-    checkpoint = open_checkpoint(source, allow_pickle=allow_pickle)
+    planned = plan(source, slice, table=table, allow_pickle=allow_pickle) if slice else None
+    checkpoint = planned.checkpoint if planned else open_checkpoint(source, allow_pickle=allow_pickle)
+    row = planned.row if planned else None
     return verify_artefact(Path(artefact), checkpoint, row=row, inputs=inputs, progress=progress)
 
 

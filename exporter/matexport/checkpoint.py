@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of `config.json` and weight files, opened by their headers only.
+"""Checkpoints: `config.json` and weight files, in a folder or on the Hub, opened by their headers only.
 
 Nothing here reads a weight until it is asked for, and nothing trusts a file: every name, offset and
 size is checked before it is used (format: https://github.com/huggingface/safetensors#format).
@@ -12,14 +12,17 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from matexport.errors import CheckpointError
+from matexport.hub import Repository, is_id, open_repository
 from matexport.pickles import read_pickled
 from matexport.tensors import DTYPES, Tensor, numpy_dtype
 
@@ -30,6 +33,10 @@ QUANTISED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 
 class Reader(Protocol):
     """Random access to the bytes of one weight file, wherever it is."""
+
+    @property
+    def direct(self) -> int:
+        """Runs of at least so many bytes are worth a read each; shorter ones are gathered from whole rows."""
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` from `offset`. Raises CheckpointError where the file ends or cannot be read."""
@@ -43,6 +50,8 @@ class Reader(Protocol):
 
 class LocalFile:
     """A weight file on a disk."""
+
+    direct = 4096  # a page
 
     def __init__(self, path: Path):
         self.path = path
@@ -72,16 +81,23 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder, its config and its tensors by name (in file order)."""
+    """A checkpoint folder, its config and its tensors by name (in file order).
+
+    Attributes:
+        remote: the repository whose snapshot in the cache `path` is; weight files need not be there yet.
+        streams: whether weight files that are not there are read over HTTP rather than downloaded.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, Tensor]
+    remote: Repository | None = None
+    streams: bool = False
 
     @property
     def name(self) -> str:
-        """What people call it: the folder's name."""
-        return self.path.resolve().name
+        """What people call it: the repository's id, or the folder's name."""
+        return self.remote.id if self.remote else self.path.resolve().name
 
     @property
     def files(self) -> list[Path]:
@@ -98,49 +114,80 @@ class Checkpoint:
 
     def open(self, file: Path) -> Reader:
         """A reader of one of `files`. Raises CheckpointError."""
+        if self.remote and self.streams and not file.exists():
+            return self.remote.open(file.name, self.size_of(file))
         return LocalFile(file)
 
+    def fetch(self, tensors: Iterable[str], beside: Iterable[str] = ()) -> None:
+        """Downloads what of a repository is not in the cache yet; a folder is left as it is.
+
+        Args:
+            tensors: those that are to be read: their weight files, if they are not streamed.
+            beside: patterns of other files.
+
+        Raises:
+            CheckpointError, MissingError: see `matexport.hub`.
+        """
+        if self.remote:
+            needed = () if self.streams else dict.fromkeys(self.tensors[name].file.name for name in tensors)
+            self.remote.fetch(needed, beside)
+
+    def size_of(self, file: Path) -> int:
+        """Bytes of one of `files`: where it is not on this disk, the end of its last tensor, as in every shard."""
+        if self.remote and not file.exists():
+            return max(tensor.start + tensor.nbytes for tensor in self.tensors.values() if tensor.file == file)
+        return file.stat().st_size
+
     def state(self) -> tuple[tuple[str, int, int], ...]:
-        """Name, size and modification time (ns) of the weight files: differs once one of them has changed."""
-        stats = [(file.name, file.stat()) for file in self.files]
-        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+        """Name, size and modification time (ns) of the weight files: differs once one of them has changed.
+
+        A commit of a repository does not change, but its files may be downloaded meanwhile: they have no time.
+        """
+        return tuple((f.name, self.size_of(f), 0 if self.remote else f.stat().st_mtime_ns) for f in self.files)
 
 
 def open_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Opens a folder with `config.json` and `model.safetensors`, or shards with their index.
 
-    With `allow_pickle`, also one with `pytorch_model.bin`, which is read without running anything.
+    `ORG/NAME[@REVISION]`, where there is no such folder, is a repository on the Hub. With `allow_pickle`, also
+    one with `pytorch_model.bin`, which is read without running anything.
 
     Raises:
         CheckpointError: file and tensor that are missing, damaged or not supported, and the fix.
+        MissingError: the Hub cannot be reached, or the repository is not open to this user.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)) and not folder.exists()
-        fix = f"download it first: hf download {str(path).split('@')[0]}" if is_id else "give a checkpoint's folder"
+    folder, remote = Path(path), None
+    if not folder.exists() and is_id(str(path)):
+        remote = open_repository(str(path))
+        folder = remote.folder
+    elif not folder.is_dir():
+        fix = "give a checkpoint's folder, or ORG/NAME[@REVISION] on the Hub"
         raise CheckpointError("is not a folder", where=str(path), fix=fix)
+
+    def has(name: str) -> bool:
+        return (folder / name).is_file() or (remote is not None and remote.size(name) is not None)
+
     config = read_json(folder / "config.json", MAX_CONFIG)
     _refuse_quantised(folder, config)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        tensors = _read_shards(folder, index)
-    elif single.exists():
-        tensors = read_header(single)
-    elif (pickled := folder / "pytorch_model.bin").exists():
+    index, single, pickled = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
+    if (folder / index).is_file():
+        tensors = _read_shards(folder / index, remote)
+    elif has(single):
+        tensors = read_header(folder / single, remote)
+    elif has(pickled):
         if not allow_pickle:
-            what, fix = (
-                "holds only pickled weights (pytorch_model.bin)",
-                "read them with --allow-pickle: no code is run",
-            )
-            raise CheckpointError(what, where=str(folder), fix=fix)
-        tensors = read_pickled(pickled)
+            what, fix = f"holds only pickled weights ({pickled})", "read them with --allow-pickle: no code is run"
+            raise CheckpointError(what, where=str(path), fix=fix)
+        if remote:
+            remote.fetch([pickled])
+        tensors = read_pickled(folder / pickled)
     else:
         others = sorted(p.name for p in folder.glob("*.safetensors"))
-        what, fix = "has no model.safetensors", "give a folder with config.json and safetensors files"
+        what, fix = "has no model.safetensors", "give a model with config.json and safetensors files"
         if others:
-            what, fix = "has no model.safetensors.index.json", f"put the index of {others[0]} beside it"
-        raise CheckpointError(what, where=str(folder), fix=fix)
-    return Checkpoint(folder, config, tensors)
+            what, fix = f"has no {index}", f"put the index of {others[0]} beside it"
+        raise CheckpointError(what, where=str(path), fix=fix)
+    return Checkpoint(folder, config, tensors, remote)
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
@@ -157,7 +204,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     return parse_json(data, str(path))
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
+def parse_json(data: bytes | bytearray, where: str) -> dict[str, Any]:
     """A JSON object without repeated keys; too deep a nesting is an error, not a crash. Raises CheckpointError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -185,28 +232,35 @@ def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------- safetensors
-def read_header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path, remote: Repository | None = None) -> dict[str, Tensor]:
     """The tensors of one safetensors file, sorted by offset, after checking that they fill it exactly.
+
+    A file that is not there is read where it is `remote`.
 
     Raises:
         CheckpointError: header beyond the file or 100 MB, overlap, hole, truncation, unknown dtype.
     """
     where = str(path)
     damaged = "download the file again: it is damaged"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            prefix = f.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if length < 2 or length > MAX_HEADER or 8 + length > size:
-                raise CheckpointError(
-                    f"header of {length} bytes does not fit a file of {size}", where=where, fix=damaged
-                )
-            header = parse_json(f.read(length), where)
-    except OSError as e:
-        raise CheckpointError(
-            f"cannot be read: {e.strerror}", where=where, fix="check the path and its rights"
-        ) from None
+    file: Reader
+    if remote and not path.exists():
+        size = remote.size(path.name)
+        if size is None:
+            raise CheckpointError(f"has no {path.name}", where=str(remote), fix="give a revision that is complete")
+        file = remote.open(path.name, size)
+    else:
+        file = LocalFile(path)
+        size = os.fstat(file.fd).st_size
+    with contextlib.closing(file):
+        prefix, length = bytearray(8), -1
+        if size >= len(prefix):
+            file.read_into(memoryview(prefix), 0)
+            length = struct.unpack("<Q", prefix)[0]
+        if length < 2 or length > MAX_HEADER or 8 + length > size:
+            raise CheckpointError(f"header of {length} bytes does not fit a file of {size}", where=where, fix=damaged)
+        text = bytearray(length)
+        file.read_into(memoryview(text), 8)
+    header = parse_json(text, where)
     header.pop("__metadata__", None)
     entries = sorted(_entries(header, where), key=lambda e: (e[3], e[4]))
     position = 0
@@ -249,7 +303,7 @@ def _entries(header: dict[str, Any], where: str) -> Iterator[tuple[str, str, tup
         yield name, dtype, tuple(shape), offsets[0], offsets[1]
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, remote: Repository | None) -> dict[str, Tensor]:
     weight_map = read_json(index, MAX_INDEX).get("weight_map")
     where = str(index)
     if not isinstance(weight_map, dict) or not weight_map:
@@ -261,11 +315,11 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
                 where=where,
                 fix="shards lie beside their index, named by plain file names",
             )
-        if not (folder / shard).is_file():
+        if remote is None and not (index.parent / shard).is_file():
             raise CheckpointError(f"shard {shard} is missing", where=where, fix="download it")
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        found = read_header(folder / shard)
+    shards = sorted(set(weight_map.values()))
+    for shard, found in zip(shards, _headers([index.parent / shard for shard in shards], remote), strict=True):
         twice = sorted(found.keys() & tensors.keys())
         if twice:
             raise CheckpointError(
@@ -283,3 +337,9 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
             )
         tensors |= found
     return tensors
+
+
+def _headers(files: list[Path], remote: Repository | None) -> Iterator[dict[str, Tensor]]:
+    """Their headers in order; several at a time, for each takes a few round trips where it is remote."""
+    with ThreadPoolExecutor(8) as pool:
+        yield from pool.map(partial(read_header, remote=remote), files)

@@ -74,9 +74,10 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
     """What identifies a source without reading its weights: sizes, digests of config and of each file's layout."""
     return {
         "name": checkpoint.name,
+        **({"revision": checkpoint.remote.commit} if checkpoint.remote else {}),
         "config_sha256": file_digest(checkpoint.path / "config.json"),
         "files": {
-            file.name: {"bytes": file.stat().st_size, "layout_sha256": _layout_digest(checkpoint, file)}
+            file.name: {"bytes": checkpoint.size_of(file), "layout_sha256": _layout_digest(checkpoint, file)}
             for file in checkpoint.files
         },
     }

@@ -40,6 +40,7 @@ class Candidate:
             "layers": len(self.plan.layers),
             "skipped": list(self.row.skipped),
             "parameters": self.plan.parameters,
+            "model_parameters": self.plan.model_parameters,
             "effective_parameters": self.plan.effective_parameters,
             "bytes": self.plan.nbytes,
             "metrics": metrics,

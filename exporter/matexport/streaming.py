@@ -15,7 +15,7 @@ from matexport.planning import View
 from matexport.tensors import numpy_dtype
 
 BLOCK = 1 << 20  # what is read is checked, hashed and written while it is in the processor's cache
-DIRECT = 4096  # runs of at least a page are read one by one, shorter ones gathered from whole rows
+REMOTE_BLOCK = 8 << 20  # one request each
 
 Pool = Iterator[np.ndarray]  # byte buffers, each used again once the others have been
 Run = tuple[int, int]
@@ -55,7 +55,7 @@ def stream(
             first += 1
         if first == len(rows):
             return
-        long = all((stop - begin) * dtype.itemsize >= DIRECT for begin, stop in runs)
+        long = all((stop - begin) * dtype.itemsize >= file.direct for begin, stop in runs)
         if long or len(rows) == 1 or max(length, width) * dtype.itemsize > block:
             yield from _read_runs(file, tensor.start, runs, rows[first:], buffers)
         else:

@@ -18,7 +18,13 @@ from matexport.writer import Progress
 
 Command = Callable[..., Any]
 
-model_option = click.option("-m", "--model", required=True, metavar="FOLDER", help="The checkpoint or artefact.")
+model_option = click.option(
+    "-m",
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="FOLDER, or ORG/NAME[@REVISION] on the Hugging Face Hub.",
+)
 table_option = click.option(
     "-c",
     "--config",
@@ -107,10 +113,19 @@ def progress_bar(label: str, total: int) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+    # started by the first bytes, so that it does not meet huggingface_hub's own bars
     columns = "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda n: bar.advance(task, n)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(label, total=total)
+
+    def advance(count: int) -> None:
+        bar.start()
+        bar.advance(task, count)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 def human_bytes(count: int) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from matexport.checkpoint import open_checkpoint
+from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.cli.common import echo_json, format_option, hint, human_bytes, model_option, pickle_option
-from matexport.errors import printable
+from matexport.errors import CheckpointError, printable
 from matexport.families import family_of
 from matexport.families.rows import WHOLE
 from matexport.manifest import manifest_path, read_manifest
@@ -28,25 +28,35 @@ def command(model: str, allow_pickle: bool, style: str) -> None:
       matexport inspect -m checkpoint
       matexport inspect -m half-onnx --format json
     """
-    path = Path(model)
+    remote = None if Path(model).exists() else open_checkpoint(model, allow_pickle=allow_pickle)
+    path = remote.path if remote else Path(model)
     manifest = read_manifest(path) if manifest_path(path).is_file() else None
     found = _artefact(manifest) if manifest else {"kind": "checkpoint"}
     if found["kind"] == "checkpoint":
-        found |= _checkpoint(path, allow_pickle)
+        found |= _checkpoint(remote or open_checkpoint(path, allow_pickle=allow_pickle))
     if style == "json":
         echo_json(found)
     else:
         _show(found)
-    if found["kind"] == "checkpoint" and manifest is None:
+    if "damage" in found:
+        hint("slice", "-m", model, "--repair", "-o", "OUTPUT")
+    elif found["kind"] == "checkpoint" and manifest is None:
         hint("slices", "-m", model)
     else:
         hint("verify", "-m", model, "--source", "SOURCE")
 
 
-def _checkpoint(path: Path, allow_pickle: bool) -> dict[str, Any]:
-    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
+def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     family = family_of(checkpoint)
-    plan = family.plan_slice(checkpoint, WHOLE, None)
+    damage = family.damage(checkpoint)
+    known = {"damage": list(damage)} if damage else {}
+    loaders = [verdict.to_json() for verdict in family.loaders(checkpoint)]
+    try:
+        plan = family.plan_slice(checkpoint, WHOLE, None)
+    except CheckpointError:
+        if not damage:
+            raise
+        return {"family": family.NAME, "tensors": len(checkpoint.tensors), **known, "loaders": loaders}
     return {
         "family": plan.family,
         "layers": len(plan.layers),
@@ -54,10 +64,12 @@ def _checkpoint(path: Path, allow_pickle: bool) -> dict[str, Any]:
         "dtypes": sorted({tensor.dtype for tensor in plan.tensors.values()}),
         "tensors": len(plan.tensors),
         "parameters": plan.parameters,
+        "model_parameters": plan.model_parameters,
         "effective_parameters": plan.effective_parameters,
         "bytes": plan.nbytes,
         "packaged_table": family.packaged_table(checkpoint),
-        "loaders": [verdict.to_json() for verdict in family.loaders(checkpoint)],
+        **known,
+        "loaders": loaders,
     }
 
 

@@ -78,8 +78,8 @@ def main(args: list[str] | None = None) -> Any:
     except click.ClickException as e:
         e.show()
         return e.exit_code
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
+    except KeyboardInterrupt as e:
+        click.echo(f"interrupted; {printable(str(e))}" if str(e) else "interrupted", err=True)
         return 130
     except MatexportError as e:
         if verbose:

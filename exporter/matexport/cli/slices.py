@@ -75,11 +75,15 @@ def command(
         echo_json({"rows": [candidate.to_json(beaten[candidate.row.name]) for candidate in candidates]})
     else:
         metrics = list(dict.fromkeys(title for row in chosen.rows for title in row.metrics))
-        titles = ["name", "layers", "parameters", "size", *metrics, "dominated by"]
+        # "effective" is what has to be in fast memory, "parameters" the model without its towers
+        effective = any(c.plan.effective_parameters != c.plan.model_parameters for c in candidates)
+        titles = ["name", "layers", *(["effective"] if effective else []), "parameters", "size"]
+        titles += [*metrics, "dominated by"]
         rows = []
         for candidate in candidates:
             plan, row = candidate.plan, candidate.row
-            sizes = [str(len(plan.layers)), f"{plan.effective_parameters:,}", human_bytes(plan.nbytes)]
+            counts = [plan.effective_parameters, plan.model_parameters] if effective else [plan.model_parameters]
+            sizes = [str(len(plan.layers)), *(f"{count:,}" for count in counts), human_bytes(plan.nbytes)]
             rows.append([row.name, *sizes, *(row.metrics.get(title, "") for title in metrics), beaten[row.name] or ""])
         echo_table(titles, rows)
     for candidate in candidates:

@@ -12,7 +12,6 @@ from matexport import api
 from matexport.cli.common import (
     echo_json,
     format_option,
-    model_option,
     note,
     pickle_option,
     slice_option,
@@ -25,9 +24,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_option
+@click.option("-m", "--model", required=True, metavar="FOLDER", help="The artefact.")
 @pickle_option
-@click.option("--source", required=True, metavar="FOLDER", help="The checkpoint that it was made from.")
+@click.option("--source", required=True, metavar="MODEL", help="What it was made from: FOLDER or ORG/NAME[@REVISION].")
 @table_option
 @slice_option
 @click.option(

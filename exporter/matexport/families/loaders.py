@@ -22,14 +22,15 @@ class Loader:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a loader takes a slice; `reason` says why not."""
+    """Whether a loader takes a slice; `reason` says why not, `source` where that is read from."""
 
     loader: str
     takes: bool
     reason: str
+    source: str
 
     def to_json(self) -> dict[str, object]:
-        return {"loader": self.loader, "takes": self.takes, "reason": self.reason}
+        return {"loader": self.loader, "takes": self.takes, "reason": self.reason, "source": self.source}
 
 
 def judge(loaders: Iterable[Loader], unmet: Mapping[str, str]) -> list[Verdict]:
@@ -37,5 +38,5 @@ def judge(loaders: Iterable[Loader], unmet: Mapping[str, str]) -> list[Verdict]:
     found = []
     for loader in loaders:
         reasons = [unmet[need] for need in loader.needs if need in unmet]
-        found.append(Verdict(loader.name, not reasons, "; ".join(reasons)))
+        found.append(Verdict(loader.name, not reasons, "; ".join(reasons), loader.source))
     return found

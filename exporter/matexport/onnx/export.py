@@ -21,7 +21,7 @@ from matexport.streaming import pool_of, stream, stream_transposed
 from matexport.targets import Target
 from matexport.tensors import numpy_dtype
 from matexport.version import __version__
-from matexport.writer import AHEAD, Files, Progress, companions, write_blocks
+from matexport.writer import AHEAD, COMPANIONS, Files, Progress, companions, write_blocks
 
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 16  # large weights start on a page, so that they can be mapped
 
@@ -76,6 +76,7 @@ def _write_model(
     offsets, size = _place(graph)
     before = checkpoint.state()
     check_space(folder, size)
+    checkpoint.fetch((tensor.view.source for tensor in plan.tensors.values()), COMPANIONS)
     data = f"{name}_data"
     weights = list(graph.weights.values())
     written = {data: write_blocks(folder / data, _weight_blocks(checkpoint, weights, offsets), progress)}

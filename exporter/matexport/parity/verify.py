@@ -54,6 +54,7 @@ def verify_artefact(
     plan = with_options(plan, family, *_options_of(record, artefact))
     samples = family.sample_inputs(source.config, SAMPLES, SEED)
     inputs = samples if inputs is None else _checked(inputs, samples)
+    source.fetch(source.tensors)
     progress("the oracle")
     want = family.load_oracle(source, plan.layers, plan.dtype)(inputs)
     kind = manifest["kind"]
