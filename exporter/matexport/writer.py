@@ -25,6 +25,7 @@ from matexport.staging import check_space, staged_folder
 from matexport.streaming import BLOCK, REMOTE_BLOCK, Pool, pool_of, stream
 from matexport.tensors import numpy_dtype
 from matexport.tokenizer import TOKENIZER_FILES
+from matexport.version import __version__
 
 AHEAD = 8  # buffers that hashing may be behind writing
 FLUSH = 8 << 20  # bytes after which the disk is asked to start writing
@@ -143,8 +144,12 @@ def _is_finite(block: np.ndarray, dtype: str) -> bool:
 
 
 def safetensors_header(tensors: Mapping[str, PlannedTensor]) -> bytes:
-    """Length and header of a safetensors file that holds these tensors in this order, data 64-byte aligned."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """Length and header of a safetensors file that holds these tensors in this order, data 64-byte aligned.
+
+    Licences such as Gemma's ask for a mark on modified files: it is in the metadata.
+    """
+    notice = f"cut from another checkpoint, and so modified, by matexport {__version__}"
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "notice": notice}}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes

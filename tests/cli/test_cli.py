@@ -23,7 +23,8 @@ def test_slices() -> None:
     rows = {row["name"]: row for row in result.json["rows"]}
     assert len(rows) == 10
     assert set(rows["half"]) == {
-        "name", "layers", "skipped", "parameters", "effective_parameters", "bytes", "metrics", "dominated_by",
+        "name", "layers", "skipped", "parameters", "model_parameters", "effective_parameters", "bytes", "metrics",
+        "dominated_by",
     }  # fmt: skip
     assert rows["half"]["parameters"] == 71370
     assert rows["half"]["metrics"]["Held-out accuracy"] > 95

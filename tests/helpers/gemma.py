@@ -17,6 +17,12 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 TYPES = {"s": SLIDING, "f": FULL}
 INNER = "model.language_model."
 
+# The example of mistral.rs' page on MatFormer, "Creating Custom Configurations"
+TINY = (
+    "name,# Layers,# Effective Params (B),FFN Hidden Dims,Layers Skipped\n"
+    'Tiny,15,0.8,"[4096, 4096, ...]","[5,6,7,10,11,12,15,16,17,20,21,22,25,26,27,30,31,32,33,34]"\n'
+)
+
 
 def text_config(types: str = "sfssfsfssf", *, shared: int = 4, width: int = 64, **options: Any) -> dict[str, Any]:
     """A text config in the released keys. By default no skip is periodic with the layer types.

@@ -72,14 +72,12 @@ def main(args: list[str] | None = None) -> Any:
     verbose = "-vv" in arguments
     try:
         return cli.main([a for a in arguments if a != "-vv"], "matexport", standalone_mode=False) or 0
-    except click.exceptions.Abort:
-        click.echo("interrupted", err=True)
-        return 130
     except click.ClickException as e:
         e.show()
         return e.exit_code
-    except KeyboardInterrupt as e:
-        click.echo(f"interrupted; {printable(str(e))}" if str(e) else "interrupted", err=True)
+    except (click.exceptions.Abort, KeyboardInterrupt) as e:
+        said = str(e.__cause__ or e)  # click turns Ctrl-C into an Abort
+        click.echo(f"interrupted; {printable(said)}" if said else "interrupted", err=True)
         return 130
     except MatexportError as e:
         if verbose:

@@ -15,7 +15,15 @@ from dataclasses import dataclass, replace
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, TableError
 from matexport.families.gemma3n.compatibility import depth_notes
-from matexport.families.gemma3n.config import TextConfig, faults, read_config, sliced_config, text_of, text_only_config
+from matexport.families.gemma3n.config import (
+    TextConfig,
+    faults,
+    layer_types,
+    read_config,
+    sliced_config,
+    text_of,
+    text_only_config,
+)
 from matexport.families.rows import count_notes, kept_layers, widths_of
 from matexport.planning import KeptLayer, Plan, PlannedTensor, View, blocks, part, whole
 from matexport.slice_table import FFN, SKIPPED, TITLES, Row, Table
@@ -46,7 +54,9 @@ def recognises(checkpoint: Checkpoint) -> bool:
 
 
 def packaged_table(checkpoint: Checkpoint) -> str | None:
-    """The published rows, for a model of E4B's shape."""
+    """The published rows, for a model of E4B's shape, or for what the notebook made of one."""
+    if len(layer_types(text_of(checkpoint.config), 0)) == 35 and faults(checkpoint.config):
+        return "gemma3n.csv"
     text = read_config(checkpoint.config, str(checkpoint.path / "config.json"))
     return "gemma3n.csv" if text.layers == 35 and set(text.widths) == {16384} else None
 
