@@ -116,7 +116,7 @@ def plan(
         slice = need_table(chosen, checkpoint).find(slice)
     row = slice or WHOLE
     if repair:
-        checkpoint, row = family.repair(checkpoint, slice), WHOLE
+        checkpoint, row = family.repair(checkpoint, slice), replace(WHOLE, name=row.name)
     planned = with_options(family.plan_slice(checkpoint, row, known), family, options, dtype_named(dtype))
     return PlannedSlice(checkpoint, family, row, planned)
 
