@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 FAMILIES = ("gemma3n", "matmamba")
 
 Arrays = Mapping[str, "np.ndarray"]
-# Inputs by name -> outputs by name. An output `decode.X` is X computed step by step, from states.
+# Inputs by name -> outputs by name. An output `decode.X` is X computed step by step, from states; it is compared with
+# `whole.X` if that is there: X computed at once in the same precision.
 Forward = Callable[[Arrays], Arrays]
 
 

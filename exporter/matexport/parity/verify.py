@@ -191,8 +191,12 @@ def _compare_outputs(kind: str, got: Outputs, want: Outputs, family: Family) -> 
     missing = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in want if name not in got]
     found = missing + [compare(name, kind, got[name], want[name]) for name in want if name in got]
     steps = [name for name in got if name.startswith("decode.") and name.removeprefix("decode.") in want]
-    decode = f"decode {family.NAME}" if f"decode {family.NAME}" in TOLERANCES else "decode"
-    return found + [compare(name, decode, got[name], want[name.removeprefix("decode.")]) for name in steps]
+    for name in steps:
+        output = name.removeprefix("decode.")
+        exact, own = f"whole.{output}" in got, f"decode {family.NAME}"
+        kind = "decode" if exact or own not in TOLERANCES else own
+        found.append(compare(name, kind, got[name], got[f"whole.{output}"] if exact else want[output]))
+    return found
 
 
 def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
