@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ class View:
         return replace(self, ranges=tuple(ranges), shape=shape)
 
 
+@lru_cache(8192)  # every row of a table takes most tensors whole
 def whole(tensor: Tensor) -> View:
     """The view that takes everything."""
     return View(tensor.name, tensor.shape, tuple(((0, n),) if n else () for n in tensor.shape), tensor.shape)
