@@ -64,6 +64,8 @@ class OutputError(MatexportError):
 
 def printable(text: str) -> str:
     """Text from a file made safe for a terminal: control and direction-changing characters are escaped."""
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else f"\\u{ord(c):04x}"
         for c in text
