@@ -198,7 +198,7 @@ def write_checkpoint(
         "state": before,
         "shards": {n: list(t) for n, t in shards.items()},
     }
-    with staged_folder(output, force=force, inputs=[checkpoint.path], resume=resume) as folder:
+    with staged_folder(output, force=force, inputs=[checkpoint.path], resume=resume and digest) as folder:
         journal = Journal(folder, hashlib.sha256(json.dumps(run).encode()).hexdigest()) if digest else None
         unusual: list[str] = journal.warnings if journal else []
         check_space(folder, plan.nbytes - sum(path.stat().st_size for path in folder.iterdir()))
@@ -244,6 +244,8 @@ def write_checkpoint(
             "files": dict(sorted(written.items())),
         }
         put(FILE, manifest_bytes(manifest))
+    if journal and journal.resumed:
+        warn(f"went on from an earlier run, which had written {journal.resumed:,} bytes")
     for text in unusual:
         warn(text)
 
