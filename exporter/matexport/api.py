@@ -173,7 +173,7 @@ def export_onnx(
     *,
     slice: str | None = None,
     table: StrPath | Table | None = None,
-    target: str = "portable",
+    target: str = "cpu",
     form: str | None = None,
     force: bool = False,
     progress: Progress = _silent,
@@ -191,7 +191,7 @@ def export_onnx(
         raise UsageError("a planned slice is one row already", fix="leave out slice and table")
     planned = model if isinstance(model, PlannedSlice) else plan(model, slice, table=table)
     exported = planned.plan.cast(chosen.dtype)
-    graph = planned.family.build_graph(exported)
+    graph = planned.family.build_graph(exported, chosen.form)
     write_onnx(planned.checkpoint, exported, graph, Path(output), target=chosen, force=force, progress=progress)
 
 

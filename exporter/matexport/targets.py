@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matexport.errors import UsageError
 
@@ -13,33 +13,40 @@ class Target:
 
     Attributes:
         kind: the artefact, "onnx" or "engine".
-        form: how the scan appears in the graph; "stock" is ai.onnx operators alone.
+        forms: how the scan may appear in the graph, the default first: "custom" is our ops, with functions for where
+            no kernel is registered, "contrib" ONNX Runtime's, "stock" ai.onnx operators alone.
         dtype: what float weights are cast to.
     """
 
     name: str
     kind: str
-    form: str
+    forms: tuple[str, ...]
     dtype: str
+
+    @property
+    def form(self) -> str:
+        """The form that is used."""
+        return self.forms[0]
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("portable", "onnx", "stock", "F32"),  # any ONNX runtime, onnxruntime >= 1.20
-        Target("rtx", "engine", "stock", "F32"),  # TensorRT-RTX: built anywhere, runs on RTX GPUs
-        Target("tensorrt", "engine", "stock", "F32"),  # TensorRT, on the GPU of this machine
+        Target("cpu", "onnx", ("custom", "contrib", "stock"), "F32"),  # ONNX Runtime >= 1.20 on the CPU
+        Target("portable", "onnx", ("stock",), "F32"),  # any ONNX runtime
+        Target("rtx", "engine", ("stock",), "F32"),  # TensorRT-RTX: built anywhere, runs on RTX GPUs
+        Target("tensorrt", "engine", ("stock",), "F32"),  # TensorRT, on the GPU of this machine
     )
 }
-FORMS = ("stock",)
+FORMS = ("custom", "contrib", "stock")
 
 
 def target_named(name: str, kind: str, form: str | None = None) -> Target:
-    """The target called `name`. Raises UsageError if it is of another kind or cannot run `form`."""
+    """The target called `name`, in that form. Raises UsageError if it is of another kind or cannot run `form`."""
     fits = [target.name for target in TARGETS.values() if target.kind == kind]
     if name not in fits:
         raise UsageError(f"unknown target {name!r}", fix=f"one of {', '.join(fits)}")
     target = TARGETS[name]
-    if form is not None and form != target.form:
+    if form is not None and form not in target.forms:
         raise UsageError(f"target {name!r} cannot run form {form!r}", fix=f"use --form {target.form}")
-    return target
+    return target if form is None else replace(target, forms=(form,))

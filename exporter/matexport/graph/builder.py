@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class Graph:
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
         self.weights: dict[str, Weight] = {}
+        self.functions: list[ir.Function] = []  # what ops are where they have no kernel; callee first
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._scope: list[str] = []
         self._used: Counter[str] = Counter()
@@ -57,9 +58,10 @@ class Graph:
         yield
         self._scope.pop()
 
-    def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> ir.Value:
-        """A graph input; a string in `shape` is a dynamic axis of that name."""
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(DTYPES[dtype]))
+    def input(self, name: str, dtype: str, shape: Sequence[int | str | None] | None) -> ir.Value:
+        """A graph input; a string in `shape` is a dynamic axis of that name, None one without."""
+        known = None if shape is None else ir.Shape(shape)
+        value = ir.Value(name=name, shape=known, type=ir.TensorType(DTYPES[dtype]))
         self.inputs.append(value)
         return value
 
@@ -95,22 +97,32 @@ class Graph:
             )
         return self._constants[key]
 
-    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """Adds a node and returns its one output."""
-        return self.ops(op_type, *inputs, outputs=1, **attributes)[0]
+        return self.ops(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
 
-    def ops(self, op_type: str, *inputs: ir.Value | None, outputs: int, **attributes: Any) -> tuple[ir.Value, ...]:
+    def ops(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> tuple[ir.Value, ...]:
         """Adds a node and returns all its outputs."""
         name = self._unique("/" + "/".join([*self._scope, op_type]))
-        node = ir.node(op_type, list(inputs), attributes, num_outputs=outputs, name=name)
+        node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
         self.nodes.append(node)
         for i, value in enumerate(node.outputs):
             value.name = f"{name}_output_{i}"
         return tuple(node.outputs)
 
+    def unique(self, name: str) -> str:
+        """A name in this scope that no other value has."""
+        return self._unique("/" + "/".join([*self._scope, name]))
+
     def _unique(self, name: str) -> str:
         self._used[name] += 1
         return name if self._used[name] == 1 else f"{name}_{self._used[name] - 1}"
+
+    def _imports(self) -> dict[str, int]:
+        domains = [node.domain for node in self.nodes] + [name for f in self.functions for name in f.opset_imports]
+        return {"": OPSET, **{name: 1 for name in domains if name}}
 
     def to_model(self, *, producer_version: str, metadata: dict[str, str]) -> ir.Model:
         """The finished model; the weights' tensors are to be set by whoever stores them."""
@@ -120,13 +132,45 @@ class Graph:
             self.outputs,
             nodes=self.nodes,
             initializers=initializers,
-            opset_imports={"": OPSET},
+            opset_imports=self._imports(),
             name=self.name,
         )
         return ir.Model(
             graph,
+            functions=self.functions,
             ir_version=IR_VERSION,
             producer_name="matexport",
             producer_version=producer_version,
             metadata_props=metadata,
         )
+
+
+class Body(Graph):
+    """A graph without initializers: the body of a function, or of a Scan. Its constants are nodes.
+
+    Names inside a Scan must differ from those around it: its scope is that of the graph it is `inside` of.
+    """
+
+    def __init__(self, name: str, inside: Graph | None = None):
+        super().__init__(name)
+        if inside is not None:
+            self._scope = [*inside._scope, name]
+
+    def constant(self, array: Any, dtype: str = "I64") -> ir.Value:
+        data: np.ndarray = np.asarray(array, {"I64": np.int64, "F32": np.float32, "BOOL": np.bool_}[dtype])
+        return self.op("Constant", value=ir.tensor(data))
+
+    def to_graph(self) -> ir.Graph:
+        """As the value of an attribute."""
+        return ir.Graph(self.inputs, self.outputs, nodes=self.nodes, name=self.name)
+
+    def to_function(self, domain: str, attributes: Mapping[str, Any]) -> ir.Function:
+        """As a function of this name; `attributes` with their defaults, None for one that must be given."""
+        graph = ir.Graph(self.inputs, self.outputs, nodes=self.nodes, opset_imports=self._imports(), name=self.name)
+        declared = [
+            ir.Attr(name, ir.AttributeType.UNDEFINED, None)
+            if default is None
+            else ir.convenience.convert_attribute(name, default)
+            for name, default in attributes.items()
+        ]
+        return ir.Function(domain, self.name, graph=graph, attributes=declared)

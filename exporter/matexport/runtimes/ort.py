@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,25 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def load_onnx(file: Path, *, threads: int = 0) -> Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]:
+Forward = Callable[[Mapping[str, "np.ndarray"]], Mapping[str, "np.ndarray"]]
+
+
+def kernels() -> Path | None:
+    """The library of matexport-plugins' kernels, or None if it was not built."""
+    import matexport_plugins
+
+    find = getattr(matexport_plugins, "ort_library", None)
+    return find() if find else None
+
+
+def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
     """Opens a model and returns a function from inputs by name to outputs by name.
+
+    A model with states is run at once and step by step: see `decode.` in `matexport.families`.
 
     Args:
         threads: threads inside an operator; 0 leaves the choice to ONNX Runtime.
+        library: whether to register the kernels of matexport-plugins, if they are there.
     Raises:
         MissingError: onnxruntime is not installed.
         InputError: the file cannot be loaded.
@@ -28,22 +43,48 @@ def load_onnx(file: Path, *, threads: int = 0) -> Callable[[Mapping[str, np.ndar
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    if library and (path := kernels()):
+        options.register_custom_ops_library(str(path))
     try:
         session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime raises classes of its own, all derived from Exception only
         raise InputError(
             f"onnxruntime cannot load it: {e}", where=str(file), fix="write the ONNX folder again"
         ) from None
-    names = [output.name for output in session.get_outputs()]
+    outputs = [output.name for output in session.get_outputs()]
+    states = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values.")}
 
-    def forward(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+            return dict(zip(outputs, session.run(outputs, dict(inputs)), strict=True))
         except Exception as e:
             fix = "write the ONNX folder again"
             raise InputError(f"onnxruntime cannot run it: {e}", where=str(file), fix=fix) from None
 
-    return forward
+    return partial(_decode, run, states) if states else run
+
+
+def _decode(
+    run: Forward, states: Mapping[str, list[int | str]], inputs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Logits of one run, and of a prefill of half of the tokens followed by single steps that pass states on."""
+    import numpy as np
+
+    ids = np.asarray(inputs["input_ids"], np.int64)
+    mask = np.ones_like(ids)
+    zeros = {
+        name: np.zeros([len(ids), *(n for n in shape[1:] if isinstance(n, int))], np.float32)
+        for name, shape in states.items()
+    }
+    split = ids.shape[1] // 2
+    out = run({"input_ids": ids[:, :split], "attention_mask": mask[:, :split], **zeros})
+    pieces = [out["logits"]]
+    for t in range(split, ids.shape[1]):
+        past = {name: out[name.replace("past_key_values", "present", 1)] for name in states}
+        out = run({"input_ids": ids[:, t : t + 1], "attention_mask": mask[:, : t + 1], **past})
+        pieces.append(out["logits"])
+    whole = run({"input_ids": ids, "attention_mask": mask, **zeros})
+    return {"logits": whole["logits"], "decode.logits": np.concatenate(pieces, 1)}
 
 
 def stored_weights(file: Path) -> dict[str, tuple[Path, int]]:

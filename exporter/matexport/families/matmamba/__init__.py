@@ -64,12 +64,14 @@ def repair(checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
     raise UsageError("no tool is known to damage MatMamba checkpoints", fix="leave out --repair")
 
 
-def build_graph(plan: Plan) -> Graph:
-    if plan.config["model_type"] != "matmamba_vision":
-        raise UsageError("language models cannot be exported to ONNX yet", fix="slice them: matexport slice")
-    from matexport.families.matmamba.graph import vision_graph
+def build_graph(plan: Plan, form: str) -> Graph:
+    if plan.config["model_type"] == "matmamba_vision":
+        from matexport.families.matmamba.graph import vision_graph
 
-    return vision_graph(plan)
+        return vision_graph(plan)
+    from matexport.families.matmamba.language import language_graph
+
+    return language_graph(plan, form)
 
 
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The ONNX graph of a MatMamba-Vision slice, in ai.onnx operators, with a dynamic batch axis."""
+"""The ONNX graphs of MatMamba slices: vision with a dynamic batch, language with a dynamic length and states."""
 
 from __future__ import annotations
 
