@@ -104,7 +104,9 @@ class Graph:
     def ops(
         self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
     ) -> tuple[ir.Value, ...]:
-        """Adds a node and returns all its outputs."""
+        """Adds a node and returns all its outputs. Inputs that are None at the end are left out."""
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
         name = self._unique("/" + "/".join([*self._scope, op_type]))
         node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
         self.nodes.append(node)

@@ -65,13 +65,9 @@ def repair(checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
 
 
 def build_graph(plan: Plan, form: str) -> Graph:
-    if plan.config["model_type"] == "matmamba_vision":
-        from matexport.families.matmamba.graph import vision_graph
+    from matexport.families.matmamba.graph import language_graph, vision_graph
 
-        return vision_graph(plan)
-    from matexport.families.matmamba.language import language_graph
-
-    return language_graph(plan, form)
+    return (vision_graph if plan.config["model_type"] == "matmamba_vision" else language_graph)(plan, form)
 
 
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

@@ -1,0 +1,127 @@
+"""What the ONNX graphs of both MatMamba models are made of: norms and the Mamba-2 mixer, at the widths of a plan."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from matexport.graph import mamba2, stateful
+from matexport.graph.builder import Graph
+from matexport.planning import Plan
+
+
+class States(NamedTuple):
+    """What a mixer remembers: the last inputs of its convolution (b, m, k - 1), and its scan (b, h, n, p)."""
+
+    conv: ir.Value
+    scan: ir.Value
+
+
+class Blocks:
+    """Writes norms and mixers of one planned slice into a graph, in one form.
+
+    Args:
+        length: the number of tokens where it is fixed and there are no states: form `stock` then scans by chunks.
+        masked: whether steps may be masked.
+    """
+
+    def __init__(self, g: Graph, plan: Plan, form: str, *, prefix: str, length: int | None, masked: bool):
+        self.g, self.tensors, self.form, self.prefix, self.length = g, plan.tensors, form, prefix, length
+        ssm = plan.config.get("ssm_cfg") or {}
+        self.groups: int = ssm.get("ngroups", 1)
+        low, high = ssm.get("dt_limit", (0.0, math.inf))
+        self.dt_limit = float(low), float(high)
+        self.epsilon: float = plan.config.get("norm_epsilon", 1e-5)
+        self.rms_norm: bool = plan.config.get("rms_norm", prefix != "")
+        self.kernel = self.tensors[f"{prefix}layers.0.mixer.conv1d.weight"].shape[2]
+        self.dtype = self.tensors[f"{prefix}norm_f.weight"].dtype
+        if length is None or form != "stock":
+            g.functions = stateful.functions(form, kernel=self.kernel, masked=masked, dt_limit=self.dt_limit)
+
+    def weight(self, name: str, *, transposed: bool = False) -> ir.Value:
+        return self.g.weight(name, self.tensors[name], transposed=transposed)
+
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        """The norm over the residual stream that the model has."""
+        if self.rms_norm:
+            return self.g.op("Mul", self._rms(x, self.epsilon), self.weight(f"{name}.weight"))
+        parameters = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        return self.g.op("LayerNormalization", x, *parameters, axis=-1, epsilon=self.epsilon)
+
+    def _rms(self, x: ir.Value, eps: float) -> ir.Value:
+        g = self.g
+        mean = g.op("ReduceMean", g.op("Mul", x, x), g.constant([-1]), keepdims=1)
+        return g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.constant(eps, self.dtype))))
+
+    def state_shapes(self, layer: int) -> tuple[list[int], list[int]]:
+        """Of one layer's `States`, without the batch."""
+        name = f"{self.prefix}layers.{layer}.mixer"
+        heads, w = (self.tensors[f"{name}.{part}"].shape[0] for part in ("A_log", "norm.weight"))
+        channels = self.tensors[f"{name}.conv1d.weight"].shape[0]
+        n = (channels - w) // 2 // self.groups
+        return [channels, self.kernel - 1], [heads, n, w // heads]
+
+    def mixer(
+        self, u: ir.Value, layer: int, states: States | None = None, mask: ir.Value | None = None
+    ) -> tuple[ir.Value, States | None]:
+        """u (b, T, d) -> (b, T, d), and the states after it; from zeros where none are given."""
+        g, name, groups = self.g, f"{self.prefix}layers.{layer}.mixer", self.groups
+        heads, w = (self.tensors[f"{name}.{part}"].shape[0] for part in ("A_log", "norm.weight"))
+        channels = self.tensors[f"{name}.conv1d.weight"].shape[0]
+        gn = (channels - w) // 2
+        chunked = self.form == "stock" and self.length is not None
+        if states is None and not chunked:
+            states = self._zeros(u, layer)
+        zxbcdt = g.op("MatMul", u, self.weight(f"{name}.in_proj.weight", transposed=True))
+        z, xbc, dt = g.ops("Split", zxbcdt, g.constant([w, channels, heads]), axis=-1, outputs=3)
+        with g.scope("conv1d"):
+            conv = self.weight(f"{name}.conv1d.weight"), self.weight(f"{name}.conv1d.bias")
+            if states is None:
+                xbc = mamba2.causal_conv1d(g, xbc, *conv, channels=channels, kernel=self.kernel)
+            else:
+                xbc, conv_state = stateful.causal_conv1d(
+                    g, self.form, xbc, *conv, states.conv, mask, kernel=self.kernel
+                )
+        x, B, C = g.ops("Split", xbc, g.constant([w, gn, gn]), axis=-1, outputs=3)
+        with g.scope("scan"):
+            A = g.op("Neg", g.op("Exp", self.weight(f"{name}.A_log")))
+            D, dt_bias = self.weight(f"{name}.D"), self.weight(f"{name}.dt_bias")
+            if states is None:
+                y = self._chunked_scan(x, dt, A, B, C, D, dt_bias, heads=heads, head_dim=w // heads, state=gn // groups)
+            else:
+                y, scan_state = stateful.mamba2_scan(
+                    g, self.form, x, dt, A, B, C, D, dt_bias, states.scan, mask,
+                    heads=heads, groups=groups, dt_limit=self.dt_limit,
+                )  # fmt: skip
+        with g.scope("norm"):  # gate first; the mean is over the width in use, each group by itself
+            y = g.op("Mul", y, mamba2.silu(g, z))
+            if groups > 1:
+                y = g.op("Reshape", y, g.constant([0, 0, groups, w // groups]))
+            y = self._rms(y, 1e-5)
+            if groups > 1:
+                y = g.op("Reshape", y, g.constant([0, 0, w]))
+            y = g.op("Mul", y, self.weight(f"{name}.norm.weight"))
+        y = g.op("MatMul", y, self.weight(f"{name}.out_proj.weight", transposed=True))
+        return y, None if states is None else States(conv_state, scan_state)
+
+    def _zeros(self, u: ir.Value, layer: int) -> States:
+        batch = self.g.op("Shape", u, start=0, end=1)
+        shapes = (self.g.op("Concat", batch, self.g.constant(s), axis=0) for s in self.state_shapes(layer))
+        conv, scan = (self.g.op("Expand", self.g.constant(0.0, "F32"), shape) for shape in shapes)
+        return States(conv, scan)
+
+    def _chunked_scan(
+        self, x: ir.Value, dt: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value, dt_bias: ir.Value,
+        *, heads: int, head_dim: int, state: int,
+    ) -> ir.Value:  # fmt: skip
+        g = self.g
+        dt = g.op("Softplus", g.op("Add", dt, dt_bias))
+        if self.dt_limit != (0.0, math.inf):
+            dt = g.op("Clip", dt, *(g.constant(bound, self.dtype) for bound in self.dt_limit))
+        assert self.length is not None
+        return mamba2.scan(
+            g, x, dt, A, B, C, D,
+            length=self.length, heads=heads, head_dim=head_dim, groups=self.groups, state=state,
+        )  # fmt: skip
