@@ -173,7 +173,7 @@ def export_onnx(
     *,
     slice: str | None = None,
     table: StrPath | Table | None = None,
-    target: str = "cpu",
+    target: str = "portable",
     form: str | None = None,
     force: bool = False,
     progress: Progress = _silent,

@@ -141,13 +141,15 @@ def _linear_attention(
     S, a, k, v, q = (body.input(body.unique(name), "F32", [None] * 5) for name in ("S", "a", "k", "v", "q"))
     new = body.op("Add", body.op("Mul", S, a), body.op("Mul", k, v))
     body.outputs = [new, body.op("MatMul", q, new)]
+    # ONNX's reference evaluator scans along the first axis only
+    query, key, value, decay = (g.op("Transpose", v, perm=[1, 0, 2]) for v in (query, key, value, g.op("Exp", decay)))
     final, y = g.ops(
-        "Scan", shaped(past, b, groups, repeat, n, p), shaped(g.op("Exp", decay), same, groups, repeat, one, one),
+        "Scan", shaped(past, b, groups, repeat, n, p), shaped(decay, same, groups, repeat, one, one),
         shaped(key, same, groups, one, n, one), shaped(value, same, groups, repeat, one, p),
-        shaped(query, same, groups, one, one, n),
-        outputs=2, body=body.to_graph(), num_scan_inputs=4, scan_input_axes=[1, 1, 1, 1], scan_output_axes=[1],
+        shaped(query, same, groups, one, one, n), outputs=2, body=body.to_graph(), num_scan_inputs=4,
     )  # fmt: skip
-    return g.op("Reshape", y, i64([0, 0, -1])), g.op("Reshape", final, g.op("Shape", past))
+    y = g.op("Transpose", g.op("Reshape", y, i64([0, 0, -1])), perm=[1, 0, 2])
+    return y, g.op("Reshape", final, g.op("Shape", past))
 
 
 # ----------------------------------------------------------------------------------------- functions

@@ -50,6 +50,9 @@ def build_engine(
     if source["kind"] != "onnx":
         fix = "export it first: matexport onnx"
         raise InputError(f"is of kind {source['kind']!r}, not ONNX", where=str(onnx), fix=fix)
+    if source.get("form") not in target.forms:
+        fix = "export it with: matexport onnx --target portable"
+        raise InputError(f"form {source.get('form')!r} is not for TensorRT", where=str(onnx), fix=fix)
     for name, problem in file_problems(onnx, source).items():
         if problem:
             raise MismatchError(f"{name!r} {problem}", where=str(onnx), fix="export it again")

@@ -68,7 +68,8 @@ def language_graph(plan: Plan, form: str) -> Graph:
     x = g.op("Gather", embedding, ids)
     present = []
     for i in range(plan.config["n_layer"]):
-        named = [(name, ["batch", *shape]) for name, shape in zip(STATES, blocks.state_shapes(i), strict=True)]
+        shapes: list[list[int | str]] = [["batch", *shape] for shape in blocks.state_shapes(i)]
+        named = list(zip(STATES, shapes, strict=True))
         conv, scan = (g.input(f"past_key_values.{i}.{name}", blocks.dtype, shape) for name, shape in named)
         with g.scope(f"layers.{i}"):
             with g.scope("mixer"):
