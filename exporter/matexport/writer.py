@@ -18,7 +18,7 @@ import numpy as np
 
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, InputError
-from matexport.journal import Journal
+from matexport.journal import Journal, clear
 from matexport.manifest import FILE, describe_slice, json_bytes, manifest_bytes
 from matexport.planning import Plan, PlannedTensor
 from matexport.staging import check_space, staged_folder
@@ -244,6 +244,7 @@ def write_checkpoint(
             "files": dict(sorted(written.items())),
         }
         put(FILE, manifest_bytes(manifest))
+        clear(folder, keep=written)
     if journal and journal.resumed:
         warn(f"went on from an earlier run, which had written {journal.resumed:,} bytes")
     for text in unusual:

@@ -165,9 +165,10 @@ def plan_slice(checkpoint: Checkpoint, row: Row, trained: Table | None = None) -
             raise TableError(what, where=where, fix="a slice keeps the first neurons of a layer: no more than it has")
     config = sliced_config(checkpoint.config, text, kept, widths)
     plan = Plan(NAME, row.name, layers, row.skipped, _tensors(checkpoint, model, layers), config, 0)
-    plan = _counted(plan)
+    plan, custom = _counted(plan), "auto_map" in checkpoint.config
     notes = (
         *(f"the source: {fault}; corrected here" for fault in faults(checkpoint.config)),
+        *(["config.json names custom code (auto_map): it was neither run nor copied"] if custom else []),
         *count_notes(row, plan.effective_parameters),
         *_training_notes(row, text, kept, widths, trained),
         *depth_notes(config),
