@@ -160,11 +160,13 @@ def test_custom_code_of_a_gemma_is_ignored_and_told(tmp_path: Path, make: Any) -
 def small_disk(folder: Path, size: int) -> Driver | None:
     """A driver with a disk of its own; None where this machine does not allow it."""
     folder.mkdir()
-    driver = Driver(disk=folder, size=size)
+    driver = None
     try:
+        driver = Driver(disk=folder, size=size)
         driver.content(folder)
-    except (ValueError, OSError):
-        driver.close()
+    except (ValueError, OSError):  # no answer, or no such program
+        if driver:
+            driver.close()
         return None
     return driver
 
