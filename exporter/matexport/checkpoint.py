@@ -12,7 +12,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -42,8 +42,8 @@ class Reader(Protocol):
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` from `offset`. Raises CheckpointError where the file ends or cannot be read."""
 
-    def will_need(self, offset: int, length: int) -> None:
-        """Says that these bytes are read soon; a reader may fetch them ahead."""
+    def will_need(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Says which bytes (offset, length) are read next; a reader may fetch them ahead."""
 
     def close(self) -> None:
         """Gives back what the reader holds."""
@@ -73,8 +73,13 @@ class LocalFile:
                 raise CheckpointError(what, where=str(self.path), fix=fix)
             buffer, offset = buffer[count:], offset + count
 
-    def will_need(self, offset: int, length: int) -> None:
-        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+    def will_need(self, spans: Sequence[tuple[int, int]]) -> None:
+        for offset, _ in spans[-1:]:
+            with contextlib.suppress(OSError):  # it would have to wait for the disk, or cannot tell
+                if os.preadv(self.fd, [bytearray(1)], offset, os.RWF_NOWAIT):
+                    return  # in the page cache already
+            for begin, length in spans:
+                os.posix_fadvise(self.fd, begin, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         os.close(self.fd)

@@ -16,6 +16,7 @@ from matexport.tensors import numpy_dtype
 
 BLOCK = 1 << 20  # what is read is checked, hashed and written while it is in the processor's cache
 REMOTE_BLOCK = 8 << 20  # one request each
+WINDOW = 8 << 20  # what is asked for at once
 
 Run = tuple[int, int]
 
@@ -127,21 +128,43 @@ def _read_runs(
 ) -> Iterator[np.ndarray]:
     """Reads each run straight to its place."""
     item, filled = dtype.itemsize, 0
+    ahead, asked = _spans(start, runs, rows, item), 0  # asked for, and not read yet
+    for offset, length in _spans(start, runs, rows, item):
+        if asked <= 0:
+            spans = list(_first(ahead, WINDOW))
+            file.will_need(spans)
+            asked = sum(size for _, size in spans)
+        asked -= length
+        while length:
+            if not filled:  # not sooner: a buffer that is taken and not yielded would come round too early
+                buffer = pool.take(dtype)
+                raw = memoryview(buffer.view(np.uint8).data)
+            count = min(length, len(raw) - filled)
+            file.read_into(raw[filled : filled + count], offset)
+            filled, offset, length = filled + count, offset + count, length - count
+            if filled == len(raw):
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[: filled // item]
+
+
+def _spans(start: int, runs: list[Run], rows: np.ndarray, item: int) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of every run, long ones in parts."""
     for row in rows.tolist():
         for begin, end in runs:
-            position = begin
-            while position < end:
-                if not filled:  # not sooner: a buffer that is taken and not yielded would come round too early
-                    buffer = pool.take(dtype)
-                    raw = memoryview(buffer.view(np.uint8).data)
-                count = min(end - position, len(buffer) - filled)
-                file.read_into(raw[filled * item : (filled + count) * item], start + (row + position) * item)
-                filled, position = filled + count, position + count
-                if filled == len(buffer):
-                    yield buffer
-                    filled = 0
-    if filled:
-        yield buffer[:filled]
+            offset, stop = start + (row + begin) * item, start + (row + end) * item
+            while offset < stop:
+                length = min(WINDOW, stop - offset)
+                yield offset, length
+                offset += length
+
+
+def _first(spans: Iterator[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """The next spans, of `size` bytes together or a little more."""
+    while size > 0 and (span := next(spans, None)):
+        size -= span[1]
+        yield span
 
 
 def _gather_rows(
@@ -158,6 +181,8 @@ def _gather_rows(
             count = min(step, len(group) - index)
             size = ((count - 1) * length + last - first) * item
             target = memoryview(span.reshape(-1)[first * item : first * item + size].data)
+            ahead = int(group[min(index + count, len(group) - 1)]) + first
+            file.will_need([(start + ahead * item, size)])
             file.read_into(target, start + (int(group[index]) + first) * item)
             out = pool.take(dtype)[: count * width]
             block = out.view(np.uint8).reshape(count, width * item)
