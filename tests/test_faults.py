@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import Act, Driver, Event, bounded_memory, digests, injected
-from gemma import multimodal_checkpoint, tensors, text_checkpoint, text_config, write_gemma
 
 import matexport as mx
+from faults import Act, Driver, Event, bounded_memory, digests, injected
+from gemma import multimodal_checkpoint, tensors, text_checkpoint, text_config, write_gemma
 from matexport import writer
 from matexport.dims import Dims
 from matexport.errors import CheckpointError, TableError, UsageError
@@ -286,8 +286,8 @@ def test_short_reads(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     matexport("slice", "-m", source, "-o", tmp_path / "clean")
     real, lengths = os.preadv, []
 
-    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
-        lengths.append(real(fd, [buffers[0][:999]], offset))
+    def short(fd: int, buffers: list[memoryview], offset: int, *flags: int) -> int:
+        lengths.append(real(fd, [buffers[0][:999]], offset, *flags))
         return lengths[-1]
 
     monkeypatch.setattr(os, "preadv", short)
@@ -302,7 +302,9 @@ def test_reads_that_fail(source: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """A read that fails or finds the end, in the header and in the weights: exit code 4, the file and the byte."""
     real, offsets = os.preadv, []
 
-    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def failing(fd: int, buffers: list[memoryview], offset: int, *flags: int) -> int:
+        if flags:  # a look into the page cache, which may fail
+            raise BlockingIOError
         offsets.append(offset)
         if len(offsets) != number + 1:
             return real(fd, buffers, offset)

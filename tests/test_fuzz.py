@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faults import bounded_memory
-from gemma import multimodal_checkpoint, text_checkpoint
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
 import matexport as mx
+from faults import bounded_memory
+from gemma import multimodal_checkpoint, text_checkpoint
 from matexport.checkpoint import Checkpoint, open_checkpoint, read_header
 from matexport.dims import Dims
 from matexport.errors import CheckpointError, MatexportError

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from faults import BLOCK, MARK, Act, Driver, Outcome, digests
 from gemma import INNER, multimodal_checkpoint, tensors, text_checkpoint, text_config, write_gemma
 

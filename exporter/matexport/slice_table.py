@@ -139,9 +139,10 @@ def parse_table(text: str, path: str = "table") -> Table:
     rows, items = [], 0
     for line, cells in lines[1:]:
         rows.append(_row(header, cells, path, line))
+        items += len(rows[-1].skipped)
         items += sum(len(dims.head) + len(dims.tail) for dims in (rows[-1].ffn, rows[-1].mamba) if dims)
         if items > MAX_ITEMS:
-            raise TableError(f"holds more than {MAX_ITEMS:,} widths", where=rows[-1].where, fix="split the table")
+            raise TableError(f"holds more than {MAX_ITEMS:,} numbers", where=rows[-1].where, fix="split the table")
     if not rows:
         raise TableError("has no rows", where=path, fix="add a line with a name and widths")
     seen: dict[str, Row] = {}

@@ -106,8 +106,9 @@ def _publish(staging: Path, output: Path) -> None:
             old.rename(output)
         raise
     _sync(output.parent)
-    if replaced:
-        shutil.rmtree(old, ignore_errors=True)
+    if replaced:  # under the name that the next run clears: half of an old output must never be put back
+        old.rename(staging)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _set_aside(output: Path) -> Path:

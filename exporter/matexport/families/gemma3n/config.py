@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "sliding_window": 512, "tie_word_embeddings": True, "attention_bias": False,
 }  # fmt: skip
 MAX_LAYERS = 10_000
+CODE = "auto_map"  # where a config.json names code that nobody has read: it does not travel
 SPARSE = 10  # layers that are sparse where the config does not say which, if there are more than that
 
 
@@ -144,7 +145,7 @@ def sparsity_of(text: Mapping[str, Any], layers: int) -> tuple[float, ...]:
         layers = min(layers, MAX_LAYERS)
         sparse = SPARSE if layers > SPARSE else 0
         return (0.95,) * sparse + (0.0,) * (layers - sparse)
-    if isinstance(pattern, float):
+    if isinstance(pattern, float) and 0 <= pattern < 1:
         return (pattern,) * min(layers, MAX_LAYERS)
     known = isinstance(pattern, list) and all(type(p) in (int, float) and 0 <= p < 1 for p in pattern)
     return tuple(map(float, pattern)) if known else ()
@@ -155,7 +156,7 @@ def sliced_config(
     config: Mapping[str, Any], text: TextConfig, kept: Sequence[int], widths: Sequence[int]
 ) -> dict[str, Any]:
     """The config.json of the kept layers at these FFN widths; nothing else in it changes."""
-    config = {key: value for key, value in config.items() if key != "auto_map"}  # code that nobody has read
+    config = {key: value for key, value in config.items() if key != CODE}
     edits = {
         "num_hidden_layers": len(kept),
         "num_kv_shared_layers": sum(i >= text.first for i in kept),
@@ -164,7 +165,8 @@ def sliced_config(
         "intermediate_size": list(widths),
     }
     if is_composite(config):
-        return {**config, "text_config": {**config["text_config"], **edits}}
+        inner = {key: value for key, value in config["text_config"].items() if key != CODE}
+        return {**config, "text_config": {**inner, **edits}}
     return {**config, **edits}
 
 
