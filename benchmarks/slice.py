@@ -1,210 +1,294 @@
-"""Slicing at scale: a MatMamba-LM 1.4B shape to level 4, against copying the same bytes and against torch.
+"""Slicing at scale: Gemma 3n E4B's language model against a copy of the same bytes and against other tools.
 
-Sources are synthetic (random bytes in the released names and shapes): an fp32 `pytorch_model.bin`, as
-released, and bf16 safetensors. Every way runs in a process of its own, interleaved; outputs are
-compared tensor by tensor before anything is timed. All ways end with fsync. Ratios and peak memory
-(VmHWM) go to benchmarks/results/slice.json.
+The source is synthetic: random bf16 in the released names, shapes, shards and config.json, at the released width or,
+for quick runs and for all rivals, at an eighth of it (hidden, per-layer and head widths, FFNs). Rows: one that cuts
+FFNs only, one that also skips layers, and one of whole layers, the only cut that mergekit knows.
 
-    python benchmarks/slice.py                  # 1.4B: 8 GB of disk, about ten minutes
-    python benchmarks/slice.py --model 130M --runs 3
+    ours            matexport, digests off; `ours+sha256` with the digest of every file
+    copy            shutil.copyfile of each file that ours wrote
+    transformers    from_pretrained(dtype=bfloat16), parameters narrowed, layers dropped, save_pretrained
+    get_slice       safe_open().get_slice and save_file: weights only
+    mergekit        run_merge(passthrough), from text-only names; it leaves the per-layer tables uncut
+
+Outputs are verified first: ours against NumPy views of the source, the rivals' against ours. Then all ways run
+interleaved, each in a process of its own. The clock starts after imports and stops when every file of the output and
+its folder are synced to the disk; reading headers, planning, loading and saving are inside. Before every run, old
+writes are synced, then source and ready output are read into the page cache (warm) or dropped from it (cold; what a
+hypervisor caches stays). Ratios are those of one round; peak memory is VmHWM, with the pages of mapped files.
+
+    python benchmarks/slice.py                                   # E4B at an eighth: 4 GB of disk
+    python benchmarks/slice.py --mergekit /path/to/python        # the interpreter that has mergekit
+    python benchmarks/slice.py --model E4B                       # ours and the copy, cold: 36 GB of disk
+    python benchmarks/slice.py --model 1.4B                      # a MatMamba-LM, see slice_matmamba.py: 8 GB
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import measuring
+import slice_gemma3n_ways
+import slice_matmamba
+from measuring import Runs, ratios, say, spread
 
-SIZES = {"130M": (768, 24), "370M": (1024, 48), "790M": (1536, 48), "1.4B": (2048, 48)}
-HEADS, STATE, ROWS = 64, 128, 50280
+DIVISORS = {"E4B/8": 8, "E4B": 1}
+RIVALS = ("transformers", "get_slice")
+OURS = ("ours", "ours+sha256")
+LIMITS = {"ours": 0.8, "ours+sha256": 0.5, "transformers": 3.0, "peak_mib": 256, "read": 1.02}
+COMMANDS = {  # what it runs, seconds it may take
+    "slices": (["slices", "-m", "SOURCE"], 0.5),
+    "--dry-run": (["slice", "-m", "SOURCE", "-s", "official E2B", "--dry-run"], 0.5),
+    "--help": (["--help"], 0.15),
+}
 
 
-def shapes(d: int, layers: int) -> dict[str, tuple[int, ...]]:
-    w = 2 * d
-    found: dict[str, tuple[int, ...]] = {"backbone.embedding.weight": (ROWS, d)}
-    for i in range(layers):
-        m = f"backbone.layers.{i}.mixer."
+class Bench:
+    """One width of E4B; outputs go to `folder`."""
+
+    def __init__(self, folder: Path, sources: Path, name: str, runs: int, mergekit: str | None):
+        from slice_gemma3n import Model
+
+        self.folder, self.sources, self.name, self.runs, self.mergekit = folder, sources, name, runs, mergekit
+        self.model = Model(DIVISORS[name])
+        self.small = self.model.divisor > 1
+        self.limits: list[dict[str, Any]] = []
+
+    def once(self, way: str, row: str, source: Path, output: Path, ready: Path, *, cold: bool = False) -> Any:
+        """One run of one way; the digests of every output that has some are checked."""
+        from slice_gemma3n import check_digests
+
+        kept, widths = self.model.row(row)
+        job = {
+            "kind": "gemma3n", "source": str(source), "output": str(output), "ready": str(ready), "row": row,
+            "kept": kept, "widths": widths, "layers": 35, "per_layer": self.model.per_layer,
+        }  # fmt: skip
+        python = [self.mergekit, "-B"] if way == "mergekit" and self.mergekit else [sys.executable]
+        files = measuring.files_of(source, *([ready] if ready.exists() else []))
+        command = [*python, __file__, "--one", way, json.dumps(job)]
+        measured = measuring.run(command, output, **({"cold": files} if cold else {"warm": files}))
+        if way == "ours+sha256":
+            check_digests(output)
+        return measured
+
+    def verify(self, row: str, rivals: tuple[str, ...], source: Path, ready: Path) -> list[str]:
+        """Writes `ready`, our output, and compares it with the source and with every rival's. Says what was done."""
+        from slice_gemma3n import check_ours, check_rival, same_files
+
+        say(f"{row}: verifying")
+        out = self.folder / "out"
+        self.once("ours+sha256", row, source, ready, out)
+        check_ours(ready, source, self.model, row)
+        done = [
+            "every tensor equals the view of the source",
+            "in every run, every digest in the manifest equals its file's",
+        ]
+        for way in ("ours", *rivals):
+            say(f"{row}: verifying against {way}")
+            self.once(way, row, source, out, ready)
+            if way == "ours":
+                same_files(out, ready)
+                done.append("weights without digests are the same bytes")
+                continue
+            check_rival(way, out, ready, source, self.model, row)
+            done.append(f"every tensor equals {way}'s")
+        shutil.rmtree(out)
+        return done
+
+    def row(self, row: str, ways: tuple[str, ...], source: Path) -> dict[str, Any]:
+        """Verifies and measures one row."""
+        from slice_gemma3n import needed
+
+        ready, out = self.folder / "ready", self.folder / "out"
+        found: dict[str, Any] = {"verified": self.verify(row, tuple(w for w in ways if w in NOTES), source, ready)}
+        wanted, pages = needed(source, self.model, row)
         found |= {
-            f"backbone.layers.{i}.norm.weight": (d,),
-            m + "dt_bias": (HEADS,),
-            m + "A_log": (HEADS,),
-            m + "D": (HEADS,),
-            m + "in_proj.weight": (2 * w + 2 * STATE + HEADS, d),
-            m + "conv1d.weight": (w + 2 * STATE, 1, 4),
-            m + "conv1d.bias": (w + 2 * STATE,),
-            m + "norm.weight": (w,),
-            m + "out_proj.weight": (d, w),
+            "output_bytes": sum(path.stat().st_size for path in ready.iterdir()),
+            "bytes_needed": wanted,
+            "bytes_needed_in_whole_pages": pages,
+            "notes": {way: NOTES[way] for way in ways if NOTES.get(way)},
         }
-    return {**found, "backbone.norm_f.weight": (d,)}
+        for state in ("warm", "cold") if self.small else ("cold",):
+            cold = state == "cold"
+            runs = measuring.rounds(
+                ways, self.runs, lambda way, c=cold: self.once(way, row, source, out, ready, cold=c), f"{row}, {state}"
+            )
+            shutil.rmtree(out)
+            found[state] = {way: self._way(way, runs, wanted, pages, cold) for way in ways}
+            self._judge(f"{row}, {state}", found[state], cold)
+        shutil.rmtree(ready)
+        return found
 
+    def _way(self, way: str, runs: Runs, wanted: int, pages: int, cold: bool) -> dict[str, Any]:
+        def most(key: str, of: int) -> float:
+            return round(max(run[key] / of for run in runs[way]), 4)
 
-def make_sources(folder: Path, model: str) -> dict[str, Path]:
-    """Both sources, with the same kind of values."""
-    import torch
-    from safetensors.torch import save_file
+        found: dict[str, Any] = {"speed_of_copy": ratios(runs, "copy", way)}  # 1: as fast as the copy
+        if way not in ("ours", "copy"):
+            found["time_over_ours"] = ratios(runs, way, "ours")
+        if way in RIVALS or way == "mergekit":
+            found["time_over_ours+sha256"] = ratios(runs, way, "ours+sha256")
+        found["peak_mib"] = round(max(run["peak_mib"] for run in runs[way]))
+        if way in OURS:  # the rivals read through mappings
+            found["read_over_needed"] = most("rchar", wanted)
+            found["read_over_pages"] = most("rchar", pages)
+        if cold and way != "copy":
+            found["disk_over_pages"] = most("read_bytes", pages)
+        return found
 
-    d, layers = SIZES[model]
-    config = {
-        "d_model": d, "d_intermediate": 0, "n_layer": layers, "vocab_size": 50277, "ssm_cfg": {}, "attn_layer_idx": [],
-        "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
-        "pad_vocab_size_multiple": 8, "tie_embeddings": True,
-    }  # fmt: skip
-    rng = np.random.default_rng(0)
-    found = {}
-    for name, dtype in (("pickle-fp32", torch.float32), ("safetensors-bf16", torch.bfloat16)):
-        found[name] = folder / name
-        found[name].mkdir()
-        (found[name] / "config.json").write_text(json.dumps(config))
-        state = {
-            key: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(dtype)
-            for key, shape in shapes(d, layers).items()
+    def _judge(self, what: str, ways: dict[str, Any], cold: bool) -> None:
+        """Holds the measured against the limits.
+
+        The small model's runs in the per-layer table are shorter than a page, and so are the gaps at any width: of
+        these, no disk can read less than the pages.
+        """
+        key, of = ("read_over_pages", "over needed pages") if self.small else ("read_over_needed", "over needed")
+        for way in OURS:
+            if not cold:
+                self._limit(
+                    f"{what}: speed of {way} over the copy's", ways[way]["speed_of_copy"]["median"], LIMITS[way]
+                )
+            self._limit(f"{what}: peak MiB of {way}", ways[way]["peak_mib"], LIMITS["peak_mib"], most=True)
+            self._limit(f"{what}: bytes read by {way}, {of}", ways[way][key], LIMITS["read"], most=True)
+        if "transformers" in ways and not cold:
+            for key in ("time_over_ours", "time_over_ours+sha256"):
+                measured = ways["transformers"][key]["median"]
+                self._limit(f"{what}: transformers, {key.replace('_', ' ')}", measured, LIMITS["transformers"])
+
+    def _limit(self, what: str, measured: float, limit: float, most: bool = False) -> None:
+        met = measured <= limit if most else measured >= limit
+        self.limits.append(
+            {"what": what, "measured": measured, "at most" if most else "at least": limit, "met": bool(met)}
+        )
+
+    def commands(self, source: Path) -> dict[str, Any]:
+        """Start to end of the commands that write nothing, as a share of what they may take."""
+        program = str(Path(sys.executable).with_name("matexport"))
+        command = {"python": [sys.executable, "-c", "pass"]}
+        for name, (arguments, _) in COMMANDS.items():
+            command[name] = [program, *(str(source) if part == "SOURCE" else part for part in arguments)]
+
+        def once(way: str) -> dict[str, float]:
+            started = time.perf_counter()
+            done = subprocess.run(command[way], capture_output=True, text=True, check=False)
+            seconds = time.perf_counter() - started
+            return {"seconds": seconds} if done.returncode == 0 else sys.exit(f"{way}: {done.stderr}")
+
+        measuring.rounds(tuple(command), 1, once, "commands, to warm up")
+        runs = measuring.rounds(tuple(command), max(5, self.runs), once, "commands")
+        found = {}
+        for name, (_, limit) in COMMANDS.items():
+            share = spread([run["seconds"] / limit for run in runs[name]])
+            found[name] = {"time_over_limit": share, "time_over_python_c_pass": ratios(runs, name, "python")}
+            self._limit(f"{name}: time over {limit} s", share["median"], 1.0, most=True)
+        return found
+
+    def source(self, kind: str) -> Path:
+        return self.sources / f"gemma-3n-{self.name.replace('/', '-')}-{kind}"
+
+    def benchmark(self) -> dict[str, Any]:
+        from slice_gemma3n import E2B_ROW, FFN_ROW, WHOLE_ROW, make_source
+
+        source = make_source(self.source("multimodal"), self.model)
+        packages = ("matexport", "numpy", "safetensors", "torch", "transformers")
+        report: dict[str, Any] = {
+            "model": self.name,
+            "runs": self.runs,
+            "source_bytes": {path.name: path.stat().st_size for path in sorted(source.glob("*.safetensors"))},
+            "machine": measuring.machine(self.folder),
+            "versions": measuring.versions(*packages),
+            "commands": self.commands(source),
+            "rows": {},
         }
-        if dtype is torch.float32:
-            state["lm_head.weight"] = state["backbone.embedding.weight"]
-            torch.save(state, found[name] / "pytorch_model.bin")
-        else:
-            save_file(state, found[name] / "model.safetensors", metadata={"format": "pt"})
+        ways = (*OURS, "copy", *(RIVALS if self.small else ()))
+        for row in (FFN_ROW, E2B_ROW):
+            report["rows"][row] = self.row(row, ways, source)
+        if self.mergekit:
+            report["versions"]["mergekit"] = mergekit_versions(self.mergekit)
+            text = make_source(self.source("text"), self.model, text_only=True)
+            report["rows"][WHOLE_ROW] = self.row(WHOLE_ROW, (*OURS, "copy", "mergekit"), text)
+        return {**report, "limits": self.limits}
+
+
+NOTES = {  # of the rivals whose outputs are compared with ours
+    "transformers": "saves no keys and values of the sharing layers: its model has no parameters for them",
+    "get_slice": "",
+    "mergekit": "leaves embed_tokens_per_layer and per_layer_model_projection uncut: it writes more, and what it "
+    "writes is no usable model",
+}
+
+
+def mergekit_versions(python: str) -> dict[str, str] | None:
+    """Versions of mergekit and what it stands on in an interpreter; None if it is not there."""
+    names = ("mergekit", "torch", "transformers", "safetensors")
+    code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {names}}}))"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found: dict[str, str] = json.loads(done.stdout)
     return found
 
 
-# ------------------------------------------------------------------------- the ways, one process each
-def ours(source: Path, output: Path, _: Path) -> None:
-    import matexport as mx
+def table(report: dict[str, Any]) -> str:
+    lines = [f"{'':44}{'speed / copy':>24}{'time / ours':>22}{'MiB':>7}{'read':>8}{'disk':>8}"]
 
-    mx.plan(source, "quarter", allow_pickle=True).write(output)
+    def ratio(found: dict[str, float] | None) -> str:
+        return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})" if found else ""
 
-
-def torch_slice(source: Path, output: Path, _: Path) -> None:
-    """What a script does today: load everything, slice, save."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    pickled = source / "pytorch_model.bin"
-    state = torch.load(pickled, weights_only=True) if pickled.exists() else load_file(source / "model.safetensors")
-    d, d_inner = state["backbone.norm_f.weight"].shape[0], state["backbone.layers.0.mixer.norm.weight"].shape[0]
-    w, h = d_inner // 4, HEADS // 4
-    out = {}
-    for name, t in state.items():
-        part = name.split("mixer.")[-1]
-        if name == "lm_head.weight":
-            continue
-        if part == "in_proj.weight":
-            z, x, bc, dt = t.split([d_inner, d_inner, 2 * STATE, HEADS])
-            t = torch.cat([z[:w], x[:w], bc, dt[:h]])
-        elif part.startswith("conv1d."):
-            t = torch.cat([t[:w], t[d_inner:]])
-        elif part in ("dt_bias", "A_log", "D"):
-            t = t[:h]
-        elif part == "norm.weight" and "mixer" in name:
-            t = t[:w]
-        elif part == "out_proj.weight":
-            t = t[:, :w]
-        out[name.replace("embedding.", "embeddings.")] = t.contiguous()
-    assert d == out["backbone.norm_f.weight"].shape[0]
-    output.mkdir()
-    save_file(out, output / "model.safetensors", metadata={"format": "pt"})
-    sync(output / "model.safetensors")
+    for row, found in report["rows"].items():
+        for state in ("warm", "cold"):
+            for way, of in found.get(state, {}).items():
+                read, disk = of.get("read_over_needed", ""), of.get("disk_over_pages", "")
+                copied, rival = ratio(of["speed_of_copy"]), ratio(of.get("time_over_ours"))
+                label = f"{row.removeprefix('Config for ')[:22]}, {state}, {way}"
+                lines.append(f"{label:44}{copied:>24}{rival:>22}{of['peak_mib']:>7}{read:>8}{disk:>8}")
+    for limit in report["limits"]:
+        sign = "<=" if "at most" in limit else ">="
+        bound = limit.get("at most", limit.get("at least"))
+        lines.append(f"{'ok  ' if limit['met'] else 'MISS'} {limit['what']}: {limit['measured']} {sign} {bound}")
+    return "\n".join(lines)
 
 
-def copy(_: Path, output: Path, ready: Path) -> None:
-    """A copy of the same output bytes."""
-    output.mkdir()
-    shutil.copyfile(ready / "model.safetensors", output / "model.safetensors")
-    sync(output / "model.safetensors")
-
-
-def sync(path: Path) -> None:
-    for target in (path, path.parent):
-        fd = os.open(target, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-
-
-WAYS = {"matexport": ours, "torch": torch_slice, "copy": copy}
-
-
-def run(way: str, source: Path, output: Path, ready: Path) -> dict[str, float]:
-    """One run in a process of its own, after the page cache was warmed and old writes synced."""
-    shutil.rmtree(output, ignore_errors=True)
-    os.sync()
-    command = [sys.executable, __file__, "--one", way, str(source), str(output), str(ready)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
-
-
-def one(way: str, source: str, output: str, ready: str) -> None:
-    started = time.perf_counter()
-    WAYS[way](Path(source), Path(output), Path(ready))
-    seconds = time.perf_counter() - started
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(line for line in status if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": seconds, "peak_mib": int(peak.split()[1]) / 1024}))
-
-
-def same(a: Path, b: Path) -> bool:
-    from matexport.checkpoint import read_header
-
-    first, second = read_header(a / "model.safetensors"), read_header(b / "model.safetensors")
-
-    def content(tensors: dict, name: str) -> bytes:
-        with tensors[name].file.open("rb") as f:
-            f.seek(tensors[name].start)
-            return f.read(tensors[name].nbytes)
-
-    return first.keys() == second.keys() and all(content(first, name) == content(second, name) for name in first)
+def one(way: str, text: str) -> None:
+    """The child process."""
+    job = json.loads(text)
+    ways = slice_matmamba if job["kind"] == "matmamba" else slice_gemma3n_ways
+    measuring.report(ways.prepared(way, job))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SIZES, default="1.4B")
+    parser.add_argument("--model", choices=[*DIVISORS, *slice_matmamba.SIZES], default="E4B/8")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work there, and leave the sources for other runs")
+    parser.add_argument("--mergekit", metavar="PYTHON", default=sys.executable, help="an interpreter that has mergekit")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return one(*args.one)
-    report: dict[str, object] = {"model": args.model, "row": "quarter", "runs": args.runs, "sources": {}}
-    with tempfile.TemporaryDirectory(dir=".") as temporary:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folder is removed
+    mergekit = args.mergekit if args.model == "E4B/8" and mergekit_versions(args.mergekit) else None
+    if args.model == "E4B/8" and mergekit is None:
+        say(f"mergekit is left out: {args.mergekit} does not have it (--mergekit PYTHON)")
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.keep or ".") as temporary:
         folder = Path(temporary)
-        for name, source in make_sources(folder, args.model).items():
-            ready, theirs = folder / "ready", folder / "theirs"
-            run("matexport", source, ready, ready)
-            run("torch", source, theirs, ready)
-            assert same(ready, theirs), f"{name}: outputs differ"
-            shutil.rmtree(theirs)
-            runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-            for _ in range(args.runs):
-                for way in WAYS:
-                    runs[way].append(run(way, source, folder / "out", ready))
-            ratios = {
-                way: [
-                    ours["seconds"] / other["seconds"] for ours, other in zip(runs["matexport"], runs[way], strict=True)
-                ]
-                for way in WAYS
-            }
-            report["sources"][name] = {  # type: ignore[index]
-                "output_bytes": (ready / "model.safetensors").stat().st_size,
-                "time_relative_to": {
-                    way: {"median": round(statistics.median(r), 3), "range": [round(min(r), 3), round(max(r), 3)]}
-                    for way, r in ratios.items()
-                    if way != "matexport"
-                },
-                "peak_mib": {way: round(max(r["peak_mib"] for r in found)) for way, found in runs.items()},
-            }
-            print(name, json.dumps(report["sources"][name]), flush=True)  # type: ignore[index]
-            shutil.rmtree(ready)
-    results = Path(__file__).parent / "results" / f"slice-{args.model}.json"
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps(report, indent=1) + "\n")
+        if args.model in slice_matmamba.SIZES:
+            report = slice_matmamba.benchmark(Path(__file__), folder, args.model, args.runs)
+        else:
+            report = Bench(folder, args.keep or folder, args.model, args.runs, mergekit).benchmark()
+            print(table(report))
+    say(f"written: {measuring.write_results('slice-' + args.model.replace('/', '-') + '.json', report)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from matexport.pickles import read_pickled
 from matexport.tensors import DTYPES, Tensor, numpy_dtype
 
 MAX_HEADER, MAX_CONFIG, MAX_INDEX = 100 << 20, 16 << 20, 100 << 20
+MAX_AXES = 32
 
 QUANTISED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 
@@ -41,8 +42,8 @@ class Reader(Protocol):
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` from `offset`. Raises CheckpointError where the file ends or cannot be read."""
 
-    def will_need(self, offset: int, length: int) -> None:
-        """Says that these bytes are read soon; a reader may fetch them ahead."""
+    def will_need(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Says which bytes (offset, length) are read next; a reader may fetch them ahead."""
 
     def close(self) -> None:
         """Gives back what the reader holds."""
@@ -72,8 +73,13 @@ class LocalFile:
                 raise CheckpointError(what, where=str(self.path), fix=fix)
             buffer, offset = buffer[count:], offset + count
 
-    def will_need(self, offset: int, length: int) -> None:
-        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+    def will_need(self, spans: Sequence[tuple[int, int]]) -> None:
+        for offset, _ in spans[-1:]:
+            with contextlib.suppress(OSError):  # it would have to wait for the disk, or cannot tell
+                if os.preadv(self.fd, [bytearray(1)], offset, os.RWF_NOWAIT):
+                    return  # in the page cache already
+            for begin, length in spans:
+                os.posix_fadvise(self.fd, begin, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -285,7 +291,12 @@ def _entries(header: dict[str, Any], where: str) -> Iterator[tuple[str, str, tup
             if isinstance(entry, dict)
             else (None,) * 3
         )
-        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError("a tensor's name is no text", where=where, fix=damaged) from None
+        axes: list[Any] = shape if isinstance(shape, list) and len(shape) <= MAX_AXES else [None]
+        if not all(type(n) is int and 0 <= n < 2**48 for n in axes):
             raise CheckpointError(f"tensor {name!r} has no valid shape", where=where, fix=damaged)
         if (
             not isinstance(offsets, list)
@@ -293,14 +304,14 @@ def _entries(header: dict[str, Any], where: str) -> Iterator[tuple[str, str, tup
             or not all(type(n) is int and 0 <= n < 2**62 for n in offsets)
         ):
             raise CheckpointError(f"tensor {name!r} has no valid data_offsets", where=where, fix=damaged)
-        if dtype in QUANTISED:
+        if isinstance(dtype, str) and dtype in QUANTISED:
             fix = "use the unquantised (bf16 or fp32) checkpoint"
             raise CheckpointError(f"tensor {name!r} is quantised ({dtype})", where=where, fix=fix)
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise CheckpointError(f"tensor {name!r} has the unknown dtype {dtype!r}", where=where, fix=damaged)
-        if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype][0]:
+        if offsets[1] - offsets[0] != math.prod(axes) * DTYPES[dtype][0]:
             raise CheckpointError(f"tensor {name!r}: offsets do not match its shape", where=where, fix=damaged)
-        yield name, dtype, tuple(shape), offsets[0], offsets[1]
+        yield name, dtype, tuple(axes), offsets[0], offsets[1]
 
 
 def _read_shards(index: Path, remote: Repository | None) -> dict[str, Tensor]:
@@ -309,7 +320,7 @@ def _read_shards(index: Path, remote: Repository | None) -> dict[str, Tensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("has no weight_map", where=where, fix="download the index again")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", shard, re.ASCII):
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w][\w.\-]{0,200}\.safetensors", shard, re.ASCII):
             raise CheckpointError(
                 f"tensor {name!r}: {shard!r} is not the name of a shard",
                 where=where,

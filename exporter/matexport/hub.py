@@ -152,7 +152,7 @@ class RemoteFile:
             if filled < len(buffer):
                 raise ConnectionError(f"the answer ends after {filled} of {len(buffer)} bytes")
 
-    def will_need(self, offset: int, length: int) -> None:
+    def will_need(self, spans: Sequence[tuple[int, int]]) -> None:
         """Nothing is fetched ahead."""
 
     def close(self) -> None:

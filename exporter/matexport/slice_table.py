@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from matexport.dims import MAX_CELL, Dims, parse_dims
 from matexport.errors import TableError
 
-MAX_FILE, MAX_ROWS, MAX_COLUMNS = 16 << 20, 10_000, 1000
+MAX_FILE, MAX_ROWS, MAX_COLUMNS, MAX_ITEMS = 16 << 20, 10_000, 1000, 5_000_000
 
 NAME, LAYERS, EFFECTIVE = "name", "# layers", "# effective params (b)"
 FFN, SKIPPED, MAMBA = "ffn hidden dims", "layers skipped", "mamba dims"
@@ -136,7 +136,13 @@ def parse_table(text: str, path: str = "table") -> Table:
     if not lines:
         raise TableError("is empty", where=path, fix="the first line must name the columns")
     header = _header(lines[0][1], path)
-    rows = tuple(_row(header, cells, path, line) for line, cells in lines[1:])
+    rows, items = [], 0
+    for line, cells in lines[1:]:
+        rows.append(_row(header, cells, path, line))
+        items += len(rows[-1].skipped)
+        items += sum(len(dims.head) + len(dims.tail) for dims in (rows[-1].ffn, rows[-1].mamba) if dims)
+        if items > MAX_ITEMS:
+            raise TableError(f"holds more than {MAX_ITEMS:,} numbers", where=rows[-1].where, fix="split the table")
     if not rows:
         raise TableError("has no rows", where=path, fix="add a line with a name and widths")
     seen: dict[str, Row] = {}
@@ -145,7 +151,7 @@ def parse_table(text: str, path: str = "table") -> Table:
             first = seen[row.name].where.rsplit(", ", 1)[-1]
             raise TableError(f"name {row.name!r} was used before, in {first}", where=row.where, fix="rename one row")
         seen[row.name] = row
-    return Table(rows, path)
+    return Table(tuple(rows), path)
 
 
 def _header(cells: Sequence[str], path: str) -> list[tuple[str, str]]:

@@ -10,9 +10,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from matexport import journal
 from matexport.errors import OutputError, UsageError
-from matexport.journal import clear
+from matexport.journal import clear, journal_path, remove
 from matexport.manifest import FILE
 
 
@@ -23,7 +22,7 @@ def staged_folder(
     """A folder beside `output` to write into, which becomes `output` when the block ends without an error.
 
     It is locked while it is written, and removed if the block fails. If it is interrupted and has a journal,
-    it stays. With `resume`, what an earlier run left in it is there.
+    both stay. With `resume`, what an earlier run left in it is there.
 
     Raises:
         UsageError: `output` is not empty (without `force`), holds what matexport did not write, overlaps an
@@ -46,26 +45,33 @@ def staged_folder(
             raise UsageError("is a link", where=str(staging), fix="remove it")
         staging.mkdir(exist_ok=True)
         lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    journal = journal_path(staging)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(lock), os.lstat(staging)):
+                raise BlockingIOError  # it was put in place, and another one was begun, before this one was locked
+        except (BlockingIOError, FileNotFoundError):
             raise UsageError(
                 "another run is writing this output", where=str(output), fix="wait for it to end"
             ) from None
-        if not resume:
-            with _io_errors(staging):
-                clear(staging)
         try:
             with _io_errors(staging):
+                _recover(output)
+                _check_output(output, force)
+                if not resume:
+                    remove(journal)
+                    clear(staging)
                 yield staging
                 _check_output(output, force)
                 _publish(staging, output)
         except BaseException as e:
-            if isinstance(e, KeyboardInterrupt) and (staging / journal.FILE).exists():
+            if isinstance(e, KeyboardInterrupt) and staging.exists() and journal.exists():
                 raise KeyboardInterrupt(f"{staging.name} is kept: the same command goes on from there") from None
             shutil.rmtree(staging, ignore_errors=True)
+            journal.unlink(missing_ok=True)
             raise
+        journal.unlink(missing_ok=True)
     finally:
         os.close(lock)
 
@@ -89,20 +95,36 @@ def _publish(staging: Path, output: Path) -> None:
         for name in files:
             _sync(Path(folder, name))
         _sync(Path(folder))
-    (staging / journal.FILE).unlink(missing_ok=True)
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    old = _set_aside(output)
     replaced = output.is_dir() and any(output.iterdir())
-    if replaced:
-        output.rename(old)
     try:
-        staging.rename(output)
-    except OSError:
         if replaced:
+            output.rename(old)
+        staging.rename(output)
+    except BaseException:
+        if replaced and not output.exists():
             old.rename(output)
         raise
     _sync(output.parent)
-    if replaced:
-        shutil.rmtree(old, ignore_errors=True)
+    if replaced:  # under the name that the next run clears: half of an old output must never be put back
+        old.rename(staging)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _set_aside(output: Path) -> Path:
+    """Where an older output is while the new one takes its place."""
+    return output.with_name(f".{output.name}.replaced")
+
+
+def _recover(output: Path) -> None:
+    """Puts an older output back if a run was killed while it was replaced; removes it if the new one is there."""
+    old = _set_aside(output)
+    if old.is_symlink() or not (old / FILE).is_file():
+        return
+    if output.is_dir() and any(output.iterdir()):
+        shutil.rmtree(old)
+    else:
+        old.rename(output)
 
 
 def _sync(path: Path) -> None:

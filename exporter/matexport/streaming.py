@@ -16,14 +16,24 @@ from matexport.tensors import numpy_dtype
 
 BLOCK = 1 << 20  # what is read is checked, hashed and written while it is in the processor's cache
 REMOTE_BLOCK = 8 << 20  # one request each
+WINDOW = 8 << 20  # what is asked for at once
 
-Pool = Iterator[np.ndarray]  # byte buffers, each used again once the others have been
 Run = tuple[int, int]
 
 
-def pool_of(count: int, block: int = BLOCK) -> Pool:
-    """A pool of `count` buffers: an array from it is valid until `count - 1` more have been asked for."""
-    return itertools.cycle([np.empty(block, np.uint8) for _ in range(count)])
+class Pool:
+    """`count` buffers of `block` bytes, each used again once the others have been.
+
+    One is taken for each array that is yielded: an array is valid until `count` more have been.
+    """
+
+    def __init__(self, count: int, block: int = BLOCK):
+        self.block = block
+        self._buffers = itertools.cycle([np.empty(block, np.uint8) for _ in range(count)])
+
+    def take(self, dtype: np.dtype) -> np.ndarray:
+        """The next buffer, as elements of a type."""
+        return next(self._buffers)[: self.block // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 def stream(
@@ -33,7 +43,7 @@ def stream(
 
     Args:
         start: number of leading elements to leave out.
-        pool: of buffers of `block` bytes; by default one, so that an array is valid until the next is asked for.
+        pool: by default of one buffer of `block` bytes, so that an array is valid until the next is asked for.
 
     Raises:
         CheckpointError: the source ends early or cannot be read.
@@ -45,21 +55,19 @@ def stream(
     if start >= width * len(rows):
         return
     if pool is None:
-        block = min(block, max(width * len(rows), 1) * dtype.itemsize)
-        pool = pool_of(1, max(block, dtype.itemsize))
-    buffers = (buffer[: len(buffer) // dtype.itemsize * dtype.itemsize].view(dtype) for buffer in pool)
+        pool = Pool(1, max(min(block, width * len(rows) * dtype.itemsize), dtype.itemsize))
     first, inside = divmod(start, width)
     with contextlib.closing(checkpoint.open(tensor.file)) as file:
         if inside:  # what is left of the row in which it starts
-            yield from _read_runs(file, tensor.start, _after(runs, inside), rows[first : first + 1], buffers)
+            yield from _read_runs(file, tensor.start, _after(runs, inside), rows[first : first + 1], pool, dtype)
             first += 1
         if first == len(rows):
             return
         long = all((stop - begin) * dtype.itemsize >= file.direct for begin, stop in runs)
-        if long or len(rows) == 1 or max(length, width) * dtype.itemsize > block:
-            yield from _read_runs(file, tensor.start, runs, rows[first:], buffers)
+        if long or len(rows) == 1 or max(length, width) * dtype.itemsize > pool.block:
+            yield from _read_runs(file, tensor.start, runs, rows[first:], pool, dtype)
         else:
-            yield from _gather_rows(file, tensor.start, runs, rows[first:], length, buffers)
+            yield from _gather_rows(file, tensor.start, runs, rows[first:], length, pool, dtype)
 
 
 def read(checkpoint: Checkpoint, view: View) -> np.ndarray:
@@ -115,34 +123,57 @@ def _after(runs: list[Run], count: int) -> list[Run]:
     return found
 
 
-def _read_runs(file: Reader, start: int, runs: list[Run], rows: np.ndarray, buffers: Pool) -> Iterator[np.ndarray]:
+def _read_runs(
+    file: Reader, start: int, runs: list[Run], rows: np.ndarray, pool: Pool, dtype: np.dtype
+) -> Iterator[np.ndarray]:
     """Reads each run straight to its place."""
-    buffer = next(buffers)
-    item, size, filled = buffer.itemsize, len(buffer), 0
-    raw = memoryview(buffer.view(np.uint8).data)
+    item, filled = dtype.itemsize, 0
+    ahead, asked = _spans(start, runs, rows, item), 0  # asked for, and not read yet
+    for offset, length in _spans(start, runs, rows, item):
+        if asked <= 0:
+            spans = list(_first(ahead, WINDOW))
+            file.will_need(spans)
+            asked = sum(size for _, size in spans)
+        asked -= length
+        while length:
+            if not filled:  # not sooner: a buffer that is taken and not yielded would come round too early
+                buffer = pool.take(dtype)
+                raw = memoryview(buffer.view(np.uint8).data)
+            count = min(length, len(raw) - filled)
+            file.read_into(raw[filled : filled + count], offset)
+            filled, offset, length = filled + count, offset + count, length - count
+            if filled == len(raw):
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[: filled // item]
+
+
+def _spans(start: int, runs: list[Run], rows: np.ndarray, item: int) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of every run, long ones in parts."""
     for row in rows.tolist():
         for begin, end in runs:
-            position = begin
-            while position < end:
-                count = min(end - position, size - filled)
-                file.read_into(raw[filled * item : (filled + count) * item], start + (row + position) * item)
-                filled, position = filled + count, position + count
-                if filled == size:
-                    yield buffer
-                    buffer, filled = next(buffers), 0
-                    raw = memoryview(buffer.view(np.uint8).data)
-    if filled:
-        yield buffer[:filled]
+            offset, stop = start + (row + begin) * item, start + (row + end) * item
+            while offset < stop:
+                length = min(WINDOW, stop - offset)
+                yield offset, length
+                offset += length
+
+
+def _first(spans: Iterator[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """The next spans, of `size` bytes together or a little more."""
+    while size > 0 and (span := next(spans, None)):
+        size -= span[1]
+        yield span
 
 
 def _gather_rows(
-    file: Reader, start: int, runs: list[Run], rows: np.ndarray, length: int, buffers: Pool
+    file: Reader, start: int, runs: list[Run], rows: np.ndarray, length: int, pool: Pool, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
     """Reads neighbouring rows from their first run to their last one and copies the runs out of them."""
     first, last = min(begin for begin, _ in runs), max(end for _, end in runs)
     width = sum(end - begin for begin, end in runs)
-    out = next(buffers)
-    item, step = out.itemsize, max(1, len(out) // max(length, width))
+    item, step = dtype.itemsize, max(1, pool.block // (max(length, width) * dtype.itemsize))
     span = np.empty((step, length * item), np.uint8)
     jumps = np.flatnonzero(np.diff(rows) != length) + 1  # where the next row is not the neighbour
     for group in np.split(rows, jumps):
@@ -150,12 +181,14 @@ def _gather_rows(
             count = min(step, len(group) - index)
             size = ((count - 1) * length + last - first) * item
             target = memoryview(span.reshape(-1)[first * item : first * item + size].data)
+            ahead = int(group[min(index + count, len(group) - 1)]) + first
+            file.will_need([(start + ahead * item, size)])
             file.read_into(target, start + (int(group[index]) + first) * item)
-            block = out[: count * width].view(np.uint8).reshape(count, width * item)
+            out = pool.take(dtype)[: count * width]
+            block = out.view(np.uint8).reshape(count, width * item)
             position = 0
             for begin, end in runs:
                 stop = position + (end - begin) * item
                 block[:, position:stop] = span[:count, begin * item : end * item]
                 position = stop
-            yield out[: count * width]
-            out = next(buffers)
+            yield out

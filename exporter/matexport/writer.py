@@ -18,11 +18,11 @@ import numpy as np
 
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, InputError
-from matexport.journal import Journal
+from matexport.journal import Journal, clear
 from matexport.manifest import FILE, describe_slice, json_bytes, manifest_bytes
 from matexport.planning import Plan, PlannedTensor
 from matexport.staging import check_space, staged_folder
-from matexport.streaming import BLOCK, REMOTE_BLOCK, Pool, pool_of, stream
+from matexport.streaming import BLOCK, REMOTE_BLOCK, Pool, stream
 from matexport.tensors import numpy_dtype
 from matexport.tokenizer import TOKENIZER_FILES
 from matexport.version import __version__
@@ -204,7 +204,7 @@ def write_checkpoint(
         check_space(folder, plan.nbytes - sum(path.stat().st_size for path in folder.iterdir()))
         checkpoint.fetch((tensor.view.source for tensor in plan.tensors.values()), COMPANIONS)
         written: Files = {}
-        pool = pool_of(AHEAD + 1, REMOTE_BLOCK if checkpoint.streams else BLOCK)
+        pool = Pool(AHEAD + 1, REMOTE_BLOCK if checkpoint.streams else BLOCK)
 
         def put(name: str, data: bytes) -> None:
             if name.casefold() in map(str.casefold, written):
@@ -244,6 +244,7 @@ def write_checkpoint(
             "files": dict(sorted(written.items())),
         }
         put(FILE, manifest_bytes(manifest))
+        clear(folder, keep=written)
     if journal and journal.resumed:
         warn(f"went on from an earlier run, which had written {journal.resumed:,} bytes")
     for text in unusual:

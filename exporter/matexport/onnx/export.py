@@ -17,7 +17,7 @@ from matexport.graph.builder import DTYPES, Graph, Weight
 from matexport.manifest import FILE, describe_slice, json_bytes, manifest_bytes
 from matexport.planning import Plan
 from matexport.staging import check_space, staged_folder
-from matexport.streaming import pool_of, stream, stream_transposed
+from matexport.streaming import Pool, stream, stream_transposed
 from matexport.targets import Target
 from matexport.tensors import numpy_dtype
 from matexport.version import __version__
@@ -128,7 +128,7 @@ def _place(graph: Graph) -> tuple[dict[str, int], int]:
 
 
 def _weight_blocks(checkpoint: Checkpoint, weights: list[Weight], offsets: dict[str, int]) -> Iterator[Any]:
-    position, pool = 0, pool_of(AHEAD + 1)
+    position, pool = 0, Pool(AHEAD + 1)
     for weight in weights:
         offset = offsets[str(weight.value.name)]
         if offset > position:

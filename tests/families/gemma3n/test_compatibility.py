@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gemma
 import pytest
 
+import gemma
 import matexport as mx
 from matexport.dims import Dims
 from matexport.families.gemma3n.compatibility import LOADERS, unmet, verdicts

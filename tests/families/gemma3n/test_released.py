@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gemma
 import pytest
 
+import gemma
 from matexport.checkpoint import open_checkpoint
 from matexport.families import family_of, table_of
 from matexport.families.gemma3n.config import read_config

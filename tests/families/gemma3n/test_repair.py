@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gemma
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from transformers import Gemma3nForCausalLM
 
+import gemma
 import matexport as mx
 from matexport.dims import Dims
 from matexport.slice_table import Row

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gemma
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gemma
 from matexport.errors import TableError
 from matexport.families.gemma3n.config import read_config, sliced_config
 from matexport.families.gemma3n.layout import check_donors

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import gemma
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3nForCausalLM
 
+import gemma
 import matexport as mx
 from matexport.dims import Dims
 from matexport.parity.comparison import TOLERANCES

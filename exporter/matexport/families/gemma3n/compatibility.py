@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from matexport.families.gemma3n.config import FULL, SLIDING, faults, layer_types, sparsity_of, text_of
+from matexport.families.gemma3n.config import (
+    DEFAULTS,
+    FULL,
+    SLIDING,
+    faults,
+    is_composite,
+    layer_types,
+    sparsity_of,
+    text_of,
+)
 from matexport.families.loaders import Loader, Verdict, judge
 
 LOADERS = (
@@ -37,7 +46,7 @@ def verdicts(config: Mapping[str, Any], names: Collection[str]) -> list[Verdict]
 def unmet(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
     """The facts of the table that do not hold, and why."""
     text = text_of(config)
-    layers, shared = int(text.get("num_hidden_layers", 35)), int(text.get("num_kv_shared_layers", 15))
+    layers, shared = (_number(text, key) for key in ("num_hidden_layers", "num_kv_shared_layers"))
     types, widths = layer_types(text, layers), text.get("intermediate_size", 16384)
     sparsity, found = sparsity_of(text, layers), _depth(config)
     found["never"] = "has no Gemma 3n of this kind"
@@ -48,7 +57,7 @@ def unmet(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
         found["floats"] = "activation_sparsity_pattern holds integers"
     if isinstance(widths, list) and len(set(widths)) > 1:
         found["one width"] = f"the layers have different FFN widths ({', '.join(map(str, sorted(set(widths))))})"
-    if "text_config" not in config or not any(name.startswith("model.language_model.") for name in names):
+    if not is_composite(config) or not any(name.startswith("model.language_model.") for name in names):
         found["multimodal names"] = "it takes the multimodal config and names only, this is the text model alone"
     if not all(key in text for key in ROPE_KEYS):
         found["rope keys"] = f"config.json has no {' and '.join(ROPE_KEYS)} (transformers 5 rewrote them)"
@@ -71,7 +80,7 @@ def depth_notes(config: Mapping[str, Any]) -> list[str]:
 def _depth(config: Mapping[str, Any]) -> dict[str, str]:
     """The facts about the order of the layers that do not hold."""
     text = text_of(config)
-    layers, shared = int(text.get("num_hidden_layers", 35)), int(text.get("num_kv_shared_layers", 15))
+    layers, shared = (_number(text, key) for key in ("num_hidden_layers", "num_kv_shared_layers"))
     types, sparsity, found = layer_types(text, layers), sparsity_of(text, layers), {}
     first = layers - shared
     last = {kind: i for i, kind in enumerate(types[:first])}
@@ -85,3 +94,8 @@ def _depth(config: Mapping[str, Any]) -> dict[str, str]:
     if [p > 0 for p in sparsity] != [i < 10 for i in range(len(sparsity))]:
         found["sparse 10"] = "it takes the first 10 layers, and no others, for sparse ones"
     return found
+
+
+def _number(text: Mapping[str, Any], key: str) -> int:
+    value = text.get(key, DEFAULTS[key])
+    return value if type(value) is int else 0

@@ -20,6 +20,8 @@ DEFAULTS: dict[str, Any] = {
     "vocab_size": 262_400, "vocab_size_per_layer_input": 262_144, "altup_num_inputs": 4, "laurel_rank": 64,
     "sliding_window": 512, "tie_word_embeddings": True, "attention_bias": False,
 }  # fmt: skip
+MAX_LAYERS = 10_000
+CODE = "auto_map"  # where a config.json names code that nobody has read: it does not travel
 SPARSE = 10  # layers that are sparse where the config does not say which, if there are more than that
 
 
@@ -60,10 +62,14 @@ class TextConfig:
         return {i: last[self.types[i]] for i in range(self.first, self.layers)}
 
 
+def is_composite(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of the multimodal model, with the language model's inside."""
+    return isinstance(config.get("text_config"), dict)
+
+
 def text_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's part of a config.json, multimodal or text-only."""
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else dict(config)
+    return dict(config["text_config"] if is_composite(config) else config)
 
 
 def read_config(config: Mapping[str, Any], where: str) -> TextConfig:
@@ -82,6 +88,9 @@ def read_config(config: Mapping[str, Any], where: str) -> TextConfig:
     counted = [key for key, value in DEFAULTS.items() if type(value) is int and key != "intermediate_size"]
     sizes = {key: _count(text, key, where) for key in counted}
     layers, shared = sizes["num_hidden_layers"], sizes["num_kv_shared_layers"]
+    for key in ("num_hidden_layers", "altup_num_inputs"):
+        if sizes[key] > MAX_LAYERS:
+            raise CheckpointError(f"{key} is {sizes[key]}", where=where, fix=f"it cannot be more than {MAX_LAYERS}")
     if not 0 <= shared < layers:
         what = f"num_kv_shared_layers is {shared} of {layers} layers"
         raise CheckpointError(what, where=where, fix="at least one layer must have keys and values of its own")
@@ -111,7 +120,7 @@ def _count(text: Mapping[str, Any], key: str, where: str) -> int:
 
 def _widths(text: Mapping[str, Any], layers: int, where: str) -> tuple[int, ...]:
     value = text.get("intermediate_size", DEFAULTS["intermediate_size"])
-    widths = value if isinstance(value, list) else [value] * min(layers, 100_000)
+    widths = value if isinstance(value, list) else [value] * layers
     if len(widths) != layers:
         what = f"intermediate_size has {len(widths)} entries for {layers} layers"
         raise CheckpointError(what, where=where, fix="correct config.json")
@@ -124,7 +133,7 @@ def layer_types(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     """`layer_types`, by default every fifth one full; of whatever length the config has."""
     types = text.get("layer_types")
     if types is None:
-        return tuple(FULL if (i + 1) % 5 == 0 else SLIDING for i in range(layers))
+        return tuple(FULL if (i + 1) % 5 == 0 else SLIDING for i in range(min(layers, MAX_LAYERS)))
     known = isinstance(types, list) and all(kind in (SLIDING, FULL) for kind in types)
     return tuple(types) if known else ()
 
@@ -133,10 +142,11 @@ def sparsity_of(text: Mapping[str, Any], layers: int) -> tuple[float, ...]:
     """`activation_sparsity_pattern` in floats, by default the first ten layers of more than ten at 0.95."""
     pattern = text.get("activation_sparsity_pattern")
     if pattern is None:
+        layers = min(layers, MAX_LAYERS)
         sparse = SPARSE if layers > SPARSE else 0
         return (0.95,) * sparse + (0.0,) * (layers - sparse)
-    if isinstance(pattern, float):
-        return (pattern,) * layers
+    if isinstance(pattern, float) and 0 <= pattern < 1:
+        return (pattern,) * min(layers, MAX_LAYERS)
     known = isinstance(pattern, list) and all(type(p) in (int, float) and 0 <= p < 1 for p in pattern)
     return tuple(map(float, pattern)) if known else ()
 
@@ -146,6 +156,7 @@ def sliced_config(
     config: Mapping[str, Any], text: TextConfig, kept: Sequence[int], widths: Sequence[int]
 ) -> dict[str, Any]:
     """The config.json of the kept layers at these FFN widths; nothing else in it changes."""
+    config = {key: value for key, value in config.items() if key != CODE}
     edits = {
         "num_hidden_layers": len(kept),
         "num_kv_shared_layers": sum(i >= text.first for i in kept),
@@ -153,14 +164,15 @@ def sliced_config(
         "activation_sparsity_pattern": [text.sparsity[i] for i in kept],
         "intermediate_size": list(widths),
     }
-    if "text_config" in config:
-        return {**config, "text_config": {**config["text_config"], **edits}}
+    if is_composite(config):
+        inner = {key: value for key, value in config["text_config"].items() if key != CODE}
+        return {**config, "text_config": {**inner, **edits}}
     return {**config, **edits}
 
 
 def text_only_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the language model alone, from that of the multimodal model."""
-    if "text_config" not in config:
+    if not is_composite(config):
         return dict(config)
     outer = ("torch_dtype", "dtype", "transformers_version", "pad_token_id", "bos_token_id", "eos_token_id")
     return {
@@ -210,7 +222,7 @@ def repaired_config(config: Mapping[str, Any], kept: Sequence[int] | None, where
             raise CheckpointError(what, where=where, fix="name the row that it was cut with: -s ROW")
         types = tuple(types[i] for i in kept)
     edits = {"layer_types": list(types), "activation_sparsity_pattern": list(sparsity)}
-    if "text_config" in config:
+    if is_composite(config):
         return {**config, "text_config": {**config["text_config"], **edits}}
     return {**config, **edits}
 

@@ -16,6 +16,7 @@ from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, TableError
 from matexport.families.gemma3n.compatibility import depth_notes
 from matexport.families.gemma3n.config import (
+    CODE,
     TextConfig,
     faults,
     layer_types,
@@ -165,9 +166,10 @@ def plan_slice(checkpoint: Checkpoint, row: Row, trained: Table | None = None) -
             raise TableError(what, where=where, fix="a slice keeps the first neurons of a layer: no more than it has")
     config = sliced_config(checkpoint.config, text, kept, widths)
     plan = Plan(NAME, row.name, layers, row.skipped, _tensors(checkpoint, model, layers), config, 0)
-    plan = _counted(plan)
+    plan, custom = _counted(plan), CODE in {**text_of(checkpoint.config), **checkpoint.config}
     notes = (
         *(f"the source: {fault}; corrected here" for fault in faults(checkpoint.config)),
+        *(["config.json names custom code (auto_map): it was neither run nor copied"] if custom else []),
         *count_notes(row, plan.effective_parameters),
         *_training_notes(row, text, kept, widths, trained),
         *depth_notes(config),
