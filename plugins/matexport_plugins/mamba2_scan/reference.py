@@ -30,7 +30,9 @@ def mamba2_scan(
     S = np.zeros((batch, heads, B.shape[-1], x.shape[-1])) if state is None else np.array(state, np.float64)
     y = np.empty_like(x)
     for t in range(length):
-        step = np.exp(dt[:, t] * A)[..., None, None] * S + B[:, t, :, :, None] * (dt[:, t, :, None] * x[:, t])[:, :, None]
+        step = (
+            np.exp(dt[:, t] * A)[..., None, None] * S + B[:, t, :, :, None] * (dt[:, t, :, None] * x[:, t])[:, :, None]
+        )
         S = np.where(real[:, t, None, None, None], step, S)
         y[:, t] = np.einsum("bhn,bhnp->bhp", C[:, t], S) + D[:, None] * x[:, t]
     y = y.reshape(batch, length, -1)
