@@ -13,7 +13,7 @@
 // ---------------------------------------------------------------------------------------- sizes of tiles
 // A tile is Rows<W, NV> x NV vectors of accumulators in registers: 32 registers with AVX-512, 16 otherwise.
 constexpr bool kManyRegisters = MATEXPORT_LANES == 16;
-constexpr int kMaxVectors = kManyRegisters ? 5 : 2;
+constexpr int kMaxVectors = kManyRegisters ? 5 : 3;
 constexpr int rows_of(int vectors) {
   if (kManyRegisters) return vectors == 1 ? 16 : vectors <= 3 ? 8 : 4;
   return vectors == 1 ? 8 : 4;
@@ -43,18 +43,21 @@ size_t scan_plan(ScanProblem *p) {
 }
 
 // ------------------------------------------------------------------------------------------- the products
+// Every loop over a tile is unrolled: only then does it stay in registers.
+#define MATEXPORT_UNROLL _Pragma("GCC unroll 16")
+
 // tile[r][j] += sum over k < K of a[k * ak + r * ar] * (vector j of row k of b)
 template <int W, int R, int NV>
 MATEXPORT_INLINE void multiply(Floats<W> (&tile)[R][NV], const float *a, Size ar, Size ak, const float *b, Size ldb,
                                Size K) {
   for (Size k = 0; k < K; ++k, a += ak, b += ldb) {
     Floats<W> row[NV];
-#pragma GCC unroll 16
+    MATEXPORT_UNROLL
     for (int j = 0; j < NV; ++j) row[j] = load<W>(b + j * W);
-#pragma GCC unroll 16
+    MATEXPORT_UNROLL
     for (int r = 0; r < R; ++r) {
       const Floats<W> factor = splat<W>(a[r * ar]);
-#pragma GCC unroll 16
+      MATEXPORT_UNROLL
       for (int j = 0; j < NV; ++j) tile[r][j] += factor * row[j];
     }
   }
@@ -66,10 +69,18 @@ template <int W, int R>
 MATEXPORT_INLINE void products(const float *b, Size ldb, const float *ct, Size N, Size s, Size len, float *cb) {
   constexpr int NV = 2;
   for (Size t = s / (W * NV) * (W * NV); t < len; t += W * NV) {
-    Floats<W> tile[R][NV] = {};
+    Floats<W> tile[R][NV];
+    MATEXPORT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MATEXPORT_UNROLL
+      for (int j = 0; j < NV; ++j) tile[r][j] = Floats<W>{};
+    }
     multiply<W, R, NV>(tile, b + s * ldb, ldb, 1, ct + t, kChunk, N);
-    for (int r = 0; r < R; ++r)
+    MATEXPORT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MATEXPORT_UNROLL
       for (int j = 0; j < NV; ++j) store<W>(cb + (s + r) * kChunk + t + j * W, tile[r][j]);
+    }
   }
 }
 
@@ -157,49 +168,80 @@ MATEXPORT_INLINE void weigh(Chunk &c, const float *dt, float A, float D, const f
   }
   step[kChunk] = 0.f;
   c.whole = c.start[kChunk - 1];
-  // decay[t] from step s to t, made from that of s + 1; what is too small to matter is zero, so that no multiplication
-  // meets a denormal number
+  // decay[t] from step s to t, made from that of s + 1. Less than 1e-30 is taken off, so that what is too small to
+  // matter becomes zero and no multiplication meets a denormal number.
   static const float one[2 * kChunk] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
                                         0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};
   constexpr int NV = kChunk / W;
-  Floats<W> decay[NV] = {};
-  for (Size s = c.len - 1; s >= 0; --s)
+  Floats<W> decay[NV];
+  MATEXPORT_UNROLL
+  for (int j = 0; j < NV; ++j) decay[j] = Floats<W>{};
+  for (Size s = c.len - 1; s >= 0; --s) {
+    MATEXPORT_UNROLL
     for (int j = 0; j < NV; ++j) {
-      Floats<W> d = decay[j] * step[s + 1];
-      d = d < 1e-30f ? Floats<W>{} : d;
-      const Floats<W> diagonal = load<W>(one + kChunk - s + j * W);
-      decay[j] = d + diagonal;
-      const Floats<W> product = load<W>(cb + s * kChunk + j * W) * (decay[j] * dt[s]);
+      const Floats<W> diagonal = load<W>(one + kChunk - s + j * W), d = decay[j] * step[s + 1] - 1e-30f;
+      decay[j] = d > diagonal ? d : diagonal;
+      const Floats<W> product = load<W>(cb + s * kChunk + j * W) * (decay[j] * dt[s]);  // no cb where t < s
       store<W>(c.W + s * kChunk + j * W, (decay[j] > 0.f ? product : Floats<W>{}) + diagonal * D);
     }
+  }
 }
 
 // R rows of y from step t on, and R rows of the state from row n on, for NV vectors of columns.
 template <int W, int R, int NV>
 MATEXPORT_INLINE void rows_of_y(const Chunk &c, Size t, Size column, const float *S, const float *x) {
-  Floats<W> tile[R][NV] = {};
+  Floats<W> tile[R][NV];
+  MATEXPORT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MATEXPORT_UNROLL
+    for (int j = 0; j < NV; ++j) tile[r][j] = Floats<W>{};
+  }
   multiply<W, R, NV>(tile, c.ct + t, 1, kChunk, S, c.stride, c.N);
-  for (int r = 0; r < R; ++r)
+  MATEXPORT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MATEXPORT_UNROLL
     for (int j = 0; j < NV; ++j) tile[r][j] *= c.start[t + r];
+  }
   multiply<W, R, NV>(tile, c.W + t, 1, kChunk, x, NV * W, smaller(t + R, c.len));
+  float *y = c.y + t * c.ldx + column;
+  if (t + R <= c.len && column + NV * W <= c.P && !c.z && !c.mask) {
+    MATEXPORT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MATEXPORT_UNROLL
+      for (int j = 0; j < NV; ++j) store<W>(y + r * c.ldx + j * W, tile[r][j]);
+    }
+    return;
+  }
+  alignas(64) float part[R * NV * W];
+  MATEXPORT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MATEXPORT_UNROLL
+    for (int j = 0; j < NV; ++j) store<W>(part + (r * NV + j) * W, tile[r][j]);
+  }
   for (int r = 0; r < R && t + r < c.len; ++r)
     for (int j = 0; j < NV; ++j) {
-      const Size at = (t + r) * c.ldx + column + j * W, count = c.P - column - j * W;
-      Floats<W> v = tile[r][j];
-      if (c.z) v *= silu<W>(load<W>(c.z + at, count));
+      const Size at = r * c.ldx + j * W, count = c.P - column - j * W;
+      Floats<W> v = load<W>(part + (r * NV + j) * W);
+      if (c.z) v *= silu<W>(load<W>(c.z + t * c.ldx + column + at, count));
       if (c.mask && !c.mask[t + r]) v = Floats<W>{};
-      store<W>(c.y + at, v, count);
+      store<W>(y + at, v, count);
     }
 }
 
 template <int W, int R, int NV>
 MATEXPORT_INLINE void rows_of_state(const Chunk &c, Size n, float *S, const float *x) {
   Floats<W> tile[R][NV];
-  for (int r = 0; r < R; ++r)
+  MATEXPORT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MATEXPORT_UNROLL
     for (int j = 0; j < NV; ++j) tile[r][j] = load<W>(S + (n + r) * c.stride + j * W) * c.whole;
+  }
   multiply<W, R, NV>(tile, c.b + n, 1, c.ldb, x, NV * W, c.len);
-  for (int r = 0; r < R; ++r)
+  MATEXPORT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MATEXPORT_UNROLL
     for (int j = 0; j < NV; ++j) store<W>(S + (n + r) * c.stride + j * W, tile[r][j]);
+  }
 }
 
 // NV vectors of columns: y and the state of one chunk.
@@ -207,13 +249,17 @@ template <int W, int NV>
 __attribute__((noinline)) void columns(const Chunk &c, Size column, float *S) {
   constexpr int R = rows_of(NV);
   alignas(64) float x[kChunk * NV * W], ended[kChunk * NV * W];
-  for (Size s = 0; s < c.len; ++s)
+  const bool plain = column + NV * W <= c.P;
+  for (Size s = 0; s < c.len; ++s) {
+    MATEXPORT_UNROLL
     for (int j = 0; j < NV; ++j) {
-      Floats<W> v = load<W>(c.x + s * c.ldx + column + j * W, c.P - column - j * W);
+      const float *from = c.x + s * c.ldx + column + j * W;
+      Floats<W> v = plain ? load<W>(from) : load<W>(from, c.P - column - j * W);
       if (c.mask && !c.mask[s]) v = Floats<W>{};
       store<W>(x + (s * NV + j) * W, v);
       store<W>(ended + (s * NV + j) * W, v * c.end[s]);
     }
+  }
   for (Size t = 0; t < c.len; t += R) rows_of_y<W, R, NV>(c, t, column, S, x);
   Size n = 0;
   for (; n + R <= c.N; n += R) rows_of_state<W, R, NV>(c, n, S, ended);
@@ -221,22 +267,19 @@ __attribute__((noinline)) void columns(const Chunk &c, Size column, float *S) {
   for (; n < c.N; ++n) rows_of_state<W, 1, NV>(c, n, S, ended);
 }
 
+template <int W, int NV = kMaxVectors>
+MATEXPORT_INLINE void some_columns(int vectors, const Chunk &c, Size column, float *S) {
+  if (vectors == NV) return columns<W, NV>(c, column, S + column);
+  if constexpr (NV > 1) some_columns<W, NV - 1>(vectors, c, column, S);
+}
+
 template <int W>
 MATEXPORT_INLINE void all_columns(const Chunk &c, float *S) {
-  Size left = c.stride / W, column = 0;
-  while (left > 0) {
-    int nv = left <= kMaxVectors ? int(left) : kMaxVectors;
-    if (kManyRegisters && left > kMaxVectors) nv = left == 6 ? 3 : 4;  // 5 and 1 would be slower
-    switch (nv) {
-      case 1: columns<W, 1>(c, column, S + column); break;
-      case 2: columns<W, 2>(c, column, S + column); break;
-#if MATEXPORT_LANES == 16
-      case 3: columns<W, 3>(c, column, S + column); break;
-      case 4: columns<W, 4>(c, column, S + column); break;
-      case 5: columns<W, 5>(c, column, S + column); break;
-#endif
-    }
-    left -= nv, column += nv * W;
+  for (Size left = c.stride / W, column = 0; left > 0;) {
+    int vectors = int(left);
+    if (left > kMaxVectors) vectors = left == kMaxVectors + 1 ? (kMaxVectors + 1) / 2 : kManyRegisters ? 4 : 3;
+    some_columns<W>(vectors, c, column, S);
+    left -= vectors, column += vectors * W;
   }
 }
 
