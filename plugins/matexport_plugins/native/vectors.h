@@ -13,17 +13,17 @@ struct Lanes;
 template <>
 struct Lanes<4> {
   typedef float F __attribute__((vector_size(16)));
-  typedef int I __attribute__((vector_size(16)));
+  typedef unsigned I __attribute__((vector_size(16)));
 };
 template <>
 struct Lanes<8> {
   typedef float F __attribute__((vector_size(32)));
-  typedef int I __attribute__((vector_size(32)));
+  typedef unsigned I __attribute__((vector_size(32)));
 };
 template <>
 struct Lanes<16> {
   typedef float F __attribute__((vector_size(64)));
-  typedef int I __attribute__((vector_size(64)));
+  typedef unsigned I __attribute__((vector_size(64)));
 };
 template <int W>
 using Floats = typename Lanes<W>::F;
@@ -77,7 +77,7 @@ MATEXPORT_INLINE Floats<W> exponential(Floats<W> x) {
   p = p * r + 0.5f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  const I power = (((I)shifted) << 23) + 0x3f800000;
+  const I power = (((I)shifted) << 23) + 0x3f800000u;
   return x < -87.3f ? Floats<W>{} : p * (Floats<W>)power;
 }
 
