@@ -6,12 +6,14 @@ import ctypes
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
+import matexport_plugins
 from matexport_plugins.mamba2_scan.reference import mamba2_scan
 from native_ops import (
     CONV,
@@ -270,3 +272,12 @@ def test_one_library_serves_many_sessions() -> None:
     for _ in range(3):
         onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         session(model, "portable")
+
+
+def test_kernels_share_no_inline_functions() -> None:
+    """What is compiled for several instruction sets may not include headers whose functions the linker merges."""
+    sources = Path(matexport_plugins.__file__).parent
+    kernels = [*sources.glob("*/*_kernel.h"), sources / "native" / "vectors.h"]
+    assert len(kernels) == 3
+    for path in kernels:
+        assert "#include" not in path.read_text(), path

@@ -90,7 +90,8 @@ void conv_step(void *problem, size_t part) {
   const Size b = Size(part), size = p.channels * (p.k - 1);
   if (p.mask && !p.mask[b]) {
     for (Size c = 0; c < p.channels; ++c) p.y[b * p.channels + c] = 0.f;
-    for (Size i = 0; p.final_state && i < size; ++i) p.final_state[b * size + i] = p.state ? p.state[b * size + i] : 0.f;
+    for (Size i = 0; p.final_state && i < size; ++i)
+      p.final_state[b * size + i] = p.state ? p.state[b * size + i] : 0.f;
   } else if (p.k == 4) {
     conv_single<4>(p, b);
   } else {

@@ -294,7 +294,8 @@ MATEXPORT_INLINE void copy_rows(const float *source, Size from, float *target, S
 void scan_head(void *problem, size_t part) {
   const ScanProblem &p = *static_cast<const ScanProblem *>(problem);
   const Size b = Size(part) / p.heads, h = Size(part) % p.heads, g = h / (p.heads / p.groups), N = p.N;
-  const Size all = (p.length + kChunk - 1) / kChunk, ld = p.groups * N, bg = b * p.groups + g, at = Size(part) * N * p.P;
+  const Size all = (p.length + kChunk - 1) / kChunk, ld = p.groups * N, bg = b * p.groups + g;
+  const Size at = Size(part) * N * p.P;
   float *S = p.own_state ? p.scratch + p.state_at + Size(part) * N * p.stride : p.final_state + at;
   if (p.first == 0) copy_rows(p.state ? p.state + at : nullptr, p.P, S, p.stride, N, p.P, true);
   const float *dt = p.scratch + p.dt_at + Size(part) * p.panel * kChunk;
@@ -326,8 +327,8 @@ void scan_head(void *problem, size_t part) {
 // ----------------------------------------------------------------------------------------------- scan_step
 // Columns of a single step: NV vectors, the last one of `count` lanes.
 template <int W, int NV>
-MATEXPORT_INLINE void step_columns(const ScanProblem &p, Size head, Size column, Size count, const float *B, const float *C,
-                                   float dt, float decay, float D) {
+MATEXPORT_INLINE void step_columns(const ScanProblem &p, Size head, Size column, Size count, const float *B,
+                                   const float *C, float dt, float decay, float D) {
   const Size row = head * p.P + column, last = NV - 1;
   Floats<W> x[NV], y[NV] = {};
   for (int j = 0; j < NV; ++j) x[j] = load<W>(p.x + row + j * W, j == last ? count : W);
@@ -353,7 +354,8 @@ void scan_step(void *problem, size_t part) {
   const Size head = Size(part), b = head / p.heads, h = head % p.heads, N = p.N, P = p.P;
   if (p.mask && !p.mask[b]) {
     for (Size i = 0; i < P; ++i) p.y[head * P + i] = 0.f;
-    if (p.final_state) copy_rows(p.state ? p.state + head * N * P : nullptr, P, p.final_state + head * N * P, P, N, P, false);
+    const Size at = head * N * P;
+    if (p.final_state) copy_rows(p.state ? p.state + at : nullptr, P, p.final_state + at, P, N, P, false);
     return;
   }
   float dt = softplus<4>(splat<4>(p.dt_raw[head] + p.dt_bias[h]))[0];

@@ -51,6 +51,12 @@ struct Input {
   int type, characteristic;
 };
 
+template <class K>
+void op_destroy(void *kernel) {
+  static_cast<K *>(kernel)->~K();
+  std::free(kernel);
+}
+
 // The OrtCustomOp of a kernel class K with: kName, kInputs, kOutputs (the first is required, others optional), a
 // constructor (Api, const Kernels &), `Status configure(info)` and `Status compute(context)`.
 template <class K>
@@ -64,10 +70,7 @@ ort::CustomOp custom_op() {
   op.input_count = [](const CustomOp *) { return sizeof K::kInputs / sizeof K::kInputs[0]; };
   op.output_type = [](const CustomOp *, size_t) { return ort::kFloat; };
   op.output_count = [](const CustomOp *) { return K::kOutputs; };
-  op.destroy = [](void *kernel) {
-    static_cast<K *>(kernel)->~K();
-    std::free(kernel);
-  };
+  op.destroy = op_destroy<K>;
   op.input_characteristic = [](const CustomOp *, size_t i) { return K::kInputs[i].characteristic; };
   op.output_characteristic = [](const CustomOp *, size_t i) { return i == 0 ? ort::kRequired : ort::kOptional; };
   op.input_memory = [](const CustomOp *, size_t) { return 0; };
@@ -80,8 +83,11 @@ ort::CustomOp custom_op() {
     if (!kernels) return refuse(api, "%s: %s", K::kName, problem);
     void *memory = std::malloc(sizeof(K));
     if (!memory) return api.error(ort::kRuntimeException, "matexport: out of memory");
-    *kernel = new (memory) K(api, *kernels);
-    return static_cast<K *>(*kernel)->configure(info);
+    K *made = new (memory) K(api, *kernels);
+    ort::Status s = made->configure(info);
+    if (s) op_destroy<K>(made), made = nullptr;
+    *kernel = made;
+    return s;
   };
   op.compute = [](void *kernel, void *context) { return static_cast<K *>(kernel)->compute(context); };
   op.since_version = [](const CustomOp *) { return 1; };

@@ -123,7 +123,9 @@ class Api {
   Status create_domain(const char *name, void **domain) const {
     return call<Status, const char *, void **>(26, name, domain);
   }
-  Status add_op(void *domain, const CustomOp *op) const { return call<Status, void *, const CustomOp *>(27, domain, op); }
+  Status add_op(void *domain, const CustomOp *op) const {
+    return call<Status, void *, const CustomOp *>(27, domain, op);
+  }
   Status add_domain(void *options, void *domain) const { return call<Status, void *, void *>(28, options, domain); }
 
  private:
