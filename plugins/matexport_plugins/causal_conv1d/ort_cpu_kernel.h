@@ -10,14 +10,14 @@ MATEXPORT_INLINE void conv_steps(const ConvProblem &p, const float *const *rows,
     const Size count = p.channels - c;
     Floats<W> tap[K], x[K + R - 1];
     const Floats<W> bias = load<W>(p.bias + c, count);
-#pragma GCC unroll 8
+    MATEXPORT_UNROLL
     for (int i = 0; i < K; ++i) tap[i] = load<W>(p.taps + i * p.channels + c, count);
-#pragma GCC unroll 8
+    MATEXPORT_UNROLL
     for (int i = 0; i < K + R - 1; ++i) x[i] = load<W>(rows[i] + c, count);
-#pragma GCC unroll 8
+    MATEXPORT_UNROLL
     for (int r = 0; r < R; ++r) {
       Floats<W> sum = bias;
-#pragma GCC unroll 8
+      MATEXPORT_UNROLL
       for (int i = 0; i < K; ++i) sum += tap[i] * x[r + i];
       store<W>(ys[r] + c, silu<W>(sum), count);
     }

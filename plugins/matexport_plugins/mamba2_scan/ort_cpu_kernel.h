@@ -43,9 +43,6 @@ size_t scan_plan(ScanProblem *p) {
 }
 
 // ------------------------------------------------------------------------------------------- the products
-// Every loop over a tile is unrolled: only then does it stay in registers.
-#define MATEXPORT_UNROLL _Pragma("GCC unroll 16")
-
 // tile[r][j] += sum over k < K of a[k * ak + r * ar] * (vector j of row k of b)
 template <int W, int R, int NV>
 MATEXPORT_INLINE void multiply(Floats<W> (&tile)[R][NV], const float *a, Size ar, Size ak, const float *b, Size ldb,

@@ -6,6 +6,13 @@
 
 #define MATEXPORT_INLINE static inline __attribute__((always_inline))
 
+// Before every loop over an array of vectors: only if it is unrolled do they stay in registers.
+#if defined(__clang__)
+#define MATEXPORT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define MATEXPORT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 typedef __INT64_TYPE__ Size;
 
 template <int W>
