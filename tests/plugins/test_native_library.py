@@ -6,14 +6,12 @@ import ctypes
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
-import matexport_plugins
 from matexport_plugins.mamba2_scan.reference import mamba2_scan
 from native_ops import (
     CONV,
@@ -29,6 +27,7 @@ from native_ops import (
     scan_inputs,
     session,
 )
+from support import REPOSITORY
 
 ISAS = instruction_sets()
 SHAPE = {"batch": 2, "heads": 4, "P": 24, "N": 16, "groups": 2}
@@ -276,7 +275,7 @@ def test_one_library_serves_many_sessions() -> None:
 
 def test_kernels_share_no_inline_functions() -> None:
     """What is compiled for several instruction sets may not include headers whose functions the linker merges."""
-    sources = Path(matexport_plugins.__file__).parent
+    sources = REPOSITORY / "plugins" / "matexport_plugins"
     kernels = [*sources.glob("*/*_kernel.h"), sources / "native" / "vectors.h"]
     assert len(kernels) == 3
     for path in kernels:
