@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+NATIVE := plugins/CMakeLists.txt $(wildcard plugins/matexport_plugins/*/*.cc plugins/matexport_plugins/*/*.h)
 
 .PHONY: help demo test check lint types docs train clean
 
@@ -13,7 +14,7 @@ help:
 	@echo "make check   lint, types, all tests (with the commands of the documentation)"
 	@echo "make train   train the bundled model again (five seeds, about 25 minutes)"
 
-$(STAMP): pyproject.toml plugins/pyproject.toml constraints.txt
+$(STAMP): pyproject.toml plugins/pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e ./plugins -e '.[torch,ort,rtx,dev]'
 	touch $@

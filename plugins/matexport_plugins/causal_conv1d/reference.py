@@ -14,7 +14,7 @@ def causal_conv1d(x: Any, weight: Any, bias: Any, state: Any = None, mask: Any =
     """Shapes and equations as in README.md; any real input type, float64 results.
 
     Returns:
-        y (batch, length, channels) and the final state (batch, channels, k - 1).
+        y (batch, length, channels), zero where the mask is, and the final state (batch, channels, k - 1).
     """
     x, weight, bias = (np.asarray(v, np.float64) for v in (x, weight, bias))
     batch, length, channels = x.shape
@@ -24,7 +24,7 @@ def causal_conv1d(x: Any, weight: Any, bias: Any, state: Any = None, mask: Any =
     for t in range(length):
         window = np.concatenate([S, x[:, t, :, None]], axis=-1)
         out = (window * weight[:, 0]).sum(-1) + bias
-        y[:, t] = out / (1 + np.exp(-out))
-        keep = np.ones((batch, 1, 1), bool) if mask is None else np.asarray(mask, bool)[:, t, None, None]
-        S = np.where(keep, window[..., 1:], S)
+        real = np.ones((batch, 1), bool) if mask is None else np.asarray(mask, bool)[:, t, None]
+        y[:, t] = np.where(real, out / (1 + np.exp(-out)), 0.0)
+        S = np.where(real[:, :, None], window[..., 1:], S)
     return y, S

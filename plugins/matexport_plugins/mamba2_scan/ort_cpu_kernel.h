@@ -1,0 +1,368 @@
+// The scan, for the instruction set whose namespace includes this (native/kernels.cc).
+//
+// A sequence is cut into chunks of 32 steps, and chunks into panels. For each panel:
+//   scan_prepare, a part for each (batch, group, chunk): what all heads of a group share, C transposed and
+//       cb[s][t] = B_s . C_t, and the dt of its heads;
+//   scan_head, a part for each (batch, head): y and the state, chunk by chunk, as two small matrix products each:
+//       y_t = (decay from the chunk's start to t) C_t S + sum over s <= t of W[s][t] x_s,
+//             W[s][t] = cb[s][t] (decay from s to t) dt_s, plus D on the diagonal;
+//       S   = (decay of the chunk) S + sum over s of B_s (decay from s to the end) dt_s x_s^T.
+// Decays are products or sums of steps in float64, never differences of float32 sums: those cancel.
+// A masked step has dt = 0 and is zero in B, C and x, so that it changes nothing, whatever it holds.
+
+// ---------------------------------------------------------------------------------------- sizes of tiles
+// A tile is Rows<W, NV> x NV vectors of accumulators in registers: 32 registers with AVX-512, 16 otherwise.
+constexpr bool kManyRegisters = MATEXPORT_LANES == 16;
+constexpr int kMaxVectors = kManyRegisters ? 5 : 3;
+constexpr int rows_of(int vectors) {
+  if (kManyRegisters) return vectors == 1 ? 16 : vectors <= 3 ? 8 : 4;
+  return vectors == 1 ? 8 : 4;
+}
+
+// The vector width for head dim P. A vector of 4 costs as much as one of 8; one of 16 often twice that.
+MATEXPORT_INLINE int lanes_for(Size P) {
+  if (P <= 4 || MATEXPORT_LANES == 4) return 4;
+  return MATEXPORT_LANES == 8 || (P + 7) / 8 % 2 ? 8 : 16;
+}
+
+size_t scan_plan(ScanProblem *p) {
+  const Size chunks = (p->length + kChunk - 1) / kChunk;
+  p->panel = smaller(chunks, kPanelChunks);
+  const int W = lanes_for(p->P);
+  p->stride = (p->P + W - 1) / W * W;
+  p->own_state = p->stride != p->P || !p->final_state;
+  const size_t shared = size_t(p->batch * p->groups * p->panel), round = 15;
+  size_t end = 0;
+  p->c_at = end, end += shared * size_t(p->N) * kChunk;
+  p->cb_at = end, end += shared * kChunk * kChunk;
+  p->dt_at = end, end += size_t(p->batch * p->heads * p->panel) * kChunk;
+  p->b_at = end, end += p->mask ? shared * size_t(p->N) * kChunk : 0;
+  end = (end + round) & ~round;
+  p->state_at = end, end += p->own_state ? size_t(p->batch * p->heads * p->N * p->stride) : 0;
+  return end;
+}
+
+// ------------------------------------------------------------------------------------------- the products
+// tile[r][j] += sum over k < K of a[k * ak + r * ar] * (vector j of row k of b)
+template <int W, int R, int NV>
+MATEXPORT_INLINE void multiply(Floats<W> (&tile)[R][NV], const float *a, Size ar, Size ak, const float *b, Size ldb,
+                               Size K) {
+  for (Size k = 0; k < K; ++k, a += ak, b += ldb) {
+    Floats<W> row[NV];
+    MATEXPORT_UNROLL
+    for (int j = 0; j < NV; ++j) row[j] = load<W>(b + j * W);
+    MATEXPORT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Floats<W> factor = splat<W>(a[r * ar]);
+      MATEXPORT_UNROLL
+      for (int j = 0; j < NV; ++j) tile[r][j] += factor * row[j];
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------- scan_prepare
+// R rows of cb from row s on.
+template <int W, int R>
+MATEXPORT_INLINE void products(const float *b, Size ldb, const float *ct, Size N, Size s, Size len, float *cb) {
+  constexpr int NV = 2;
+  for (Size t = s / (W * NV) * (W * NV); t < len; t += W * NV) {
+    Floats<W> tile[R][NV];
+    MATEXPORT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MATEXPORT_UNROLL
+      for (int j = 0; j < NV; ++j) tile[r][j] = Floats<W>{};
+    }
+    multiply<W, R, NV>(tile, b + s * ldb, ldb, 1, ct + t, kChunk, N);
+    MATEXPORT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MATEXPORT_UNROLL
+      for (int j = 0; j < NV; ++j) store<W>(cb + (s + r) * kChunk + t + j * W, tile[r][j]);
+    }
+  }
+}
+
+// dt of the heads [h0, h1) of one chunk, written as [head][step] with zeros at steps that do not count.
+template <int W>
+MATEXPORT_INLINE void step_sizes(const ScanProblem &p, Size b, Size t0, Size len, Size h0, Size h1, float *dt) {
+  const Size ld = p.panel * kChunk;
+  for (Size t = 0; t < kChunk; ++t) {
+    const Size row = b * p.length + t0 + t;
+    if (t >= len || (p.mask && !p.mask[row])) {
+      for (Size h = h0; h < h1; ++h) dt[h * ld + t] = 0.f;
+      continue;
+    }
+    for (Size h = h0; h < h1; h += W) {
+      const Size count = smaller(W, h1 - h);
+      Floats<W> v = softplus<W>(load<W>(p.dt_raw + row * p.heads + h, count) + load<W>(p.dt_bias + h, count));
+      v = v < p.dt_min ? splat<W>(p.dt_min) : v;
+      v = v > p.dt_max ? splat<W>(p.dt_max) : v;
+      float out[W];
+      store<W>(out, v);
+      for (Size i = 0; i < count; ++i) dt[(h + i) * ld + t] = out[i];
+    }
+  }
+}
+
+void scan_prepare(void *problem, size_t part) {
+  const ScanProblem &p = *static_cast<const ScanProblem *>(problem);
+  constexpr int W = MATEXPORT_LANES;
+  const Size c = Size(part) % p.chunks, bg = Size(part) / p.chunks, b = bg / p.groups, g = bg % p.groups;
+  const Size t0 = (p.first + c) * kChunk, len = smaller(kChunk, p.length - t0), ld = p.groups * p.N, N = p.N;
+  const Size in = (b * p.length + t0) * ld + g * N, chunk = bg * p.panel + c;
+  const bool *mask = p.mask ? p.mask + b * p.length + t0 : nullptr;
+  float *ct = p.scratch + p.c_at + chunk * N * kChunk, *cb = p.scratch + p.cb_at + chunk * kChunk * kChunk;
+  for (Size t = 0; t < kChunk; ++t) {
+    if (t < len && !(mask && !mask[t])) {
+      for (Size n = 0; n < N; ++n) ct[n * kChunk + t] = p.C[in + t * ld + n];
+    } else {
+      for (Size n = 0; n < N; ++n) ct[n * kChunk + t] = 0.f;
+    }
+  }
+  const float *bs = p.B + in;
+  Size ldb = ld;
+  if (mask) {
+    float *copy = p.scratch + p.b_at + chunk * N * kChunk;
+    for (Size t = 0; t < len; ++t)
+      for (Size n = 0; n < N; ++n) copy[t * N + n] = mask[t] ? p.B[in + t * ld + n] : 0.f;
+    bs = copy, ldb = N;
+  }
+  Size s = 0;
+  for (; s + 4 <= len; s += 4) products<W, 4>(bs, ldb, ct, N, s, len, cb);
+  for (; s < len; ++s) products<W, 1>(bs, ldb, ct, N, s, len, cb);
+  const Size share = p.heads / p.groups;
+  step_sizes<W>(p, b, t0, len, g * share, (g + 1) * share,
+                p.scratch + p.dt_at + b * p.heads * p.panel * kChunk + c * kChunk);
+}
+
+// ----------------------------------------------------------------------------------------------- scan_head
+// One chunk of one head.
+struct Chunk {
+  const float *x, *z, *b, *ct;  // rows of x and z are ldx floats apart, those of b ldb
+  float *y;
+  const bool *mask;
+  Size ldx, ldb, len, N, P, stride;
+  float whole;                          // decay of the whole chunk
+  alignas(64) float start[kChunk];      // decay from the start of the chunk to each step
+  alignas(64) float end[kChunk];        // decay from each step to the end, times dt
+  alignas(64) float W[kChunk * kChunk];  // [s][t]
+};
+
+// Decays and W from dt (zero beyond the chunk's length), A, D and cb.
+template <int W>
+MATEXPORT_INLINE void weigh(Chunk &c, const float *dt, float A, float D, const float *cb) {
+  double sum = 0, sums[kChunk];
+  for (int t = 0; t < kChunk; ++t) sums[t] = sum += double(dt[t]) * double(A);
+  alignas(64) float step[kChunk + 1];
+  for (int t = 0; t < kChunk; ++t) {
+    c.start[t] = float(sums[t]);
+    c.end[t] = float(sum - sums[t]);
+    step[t] = dt[t] * A;
+  }
+  for (int t = 0; t < kChunk; t += W) {
+    store<W>(c.start + t, exponential<W>(load<W>(c.start + t)));
+    store<W>(c.end + t, exponential<W>(load<W>(c.end + t)) * load<W>(dt + t));
+    store<W>(step + t, exponential<W>(load<W>(step + t)));
+  }
+  step[kChunk] = 0.f;
+  c.whole = c.start[kChunk - 1];
+  // decay[t] from step s to t, made from that of s + 1. Less than 1e-30 is taken off, so that what is too small to
+  // matter becomes zero and no multiplication meets a denormal number.
+  static const float one[2 * kChunk] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};
+  constexpr int NV = kChunk / W;
+  Floats<W> decay[NV];
+  MATEXPORT_UNROLL
+  for (int j = 0; j < NV; ++j) decay[j] = Floats<W>{};
+  for (Size s = c.len - 1; s >= 0; --s) {
+    MATEXPORT_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      const Floats<W> diagonal = load<W>(one + kChunk - s + j * W), d = decay[j] * step[s + 1] - 1e-30f;
+      decay[j] = d > diagonal ? d : diagonal;
+      const Floats<W> product = load<W>(cb + s * kChunk + j * W) * (decay[j] * dt[s]);  // no cb where t < s
+      store<W>(c.W + s * kChunk + j * W, (decay[j] > 0.f ? product : Floats<W>{}) + diagonal * D);
+    }
+  }
+}
+
+// R rows of y from step t on, and R rows of the state from row n on, for NV vectors of columns.
+template <int W, int R, int NV>
+MATEXPORT_INLINE void rows_of_y(const Chunk &c, Size t, Size column, const float *S, const float *x) {
+  Floats<W> tile[R][NV];
+  MATEXPORT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MATEXPORT_UNROLL
+    for (int j = 0; j < NV; ++j) tile[r][j] = Floats<W>{};
+  }
+  multiply<W, R, NV>(tile, c.ct + t, 1, kChunk, S, c.stride, c.N);
+  MATEXPORT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MATEXPORT_UNROLL
+    for (int j = 0; j < NV; ++j) tile[r][j] *= c.start[t + r];
+  }
+  multiply<W, R, NV>(tile, c.W + t, 1, kChunk, x, NV * W, smaller(t + R, c.len));
+  float *y = c.y + t * c.ldx + column;
+  if (t + R <= c.len && column + NV * W <= c.P && !c.z && !c.mask) {
+    MATEXPORT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MATEXPORT_UNROLL
+      for (int j = 0; j < NV; ++j) store<W>(y + r * c.ldx + j * W, tile[r][j]);
+    }
+    return;
+  }
+  alignas(64) float part[R * NV * W];
+  MATEXPORT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MATEXPORT_UNROLL
+    for (int j = 0; j < NV; ++j) store<W>(part + (r * NV + j) * W, tile[r][j]);
+  }
+  for (int r = 0; r < R && t + r < c.len; ++r)
+    for (int j = 0; j < NV; ++j) {
+      const Size at = r * c.ldx + j * W, count = c.P - column - j * W;
+      Floats<W> v = load<W>(part + (r * NV + j) * W);
+      if (c.z) v *= silu<W>(load<W>(c.z + t * c.ldx + column + at, count));
+      if (c.mask && !c.mask[t + r]) v = Floats<W>{};
+      store<W>(y + at, v, count);
+    }
+}
+
+template <int W, int R, int NV>
+MATEXPORT_INLINE void rows_of_state(const Chunk &c, Size n, float *S, const float *x) {
+  Floats<W> tile[R][NV];
+  MATEXPORT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MATEXPORT_UNROLL
+    for (int j = 0; j < NV; ++j) tile[r][j] = load<W>(S + (n + r) * c.stride + j * W) * c.whole;
+  }
+  multiply<W, R, NV>(tile, c.b + n, 1, c.ldb, x, NV * W, c.len);
+  MATEXPORT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    MATEXPORT_UNROLL
+    for (int j = 0; j < NV; ++j) store<W>(S + (n + r) * c.stride + j * W, tile[r][j]);
+  }
+}
+
+// NV vectors of columns: y and the state of one chunk.
+template <int W, int NV>
+__attribute__((noinline)) void columns(const Chunk &c, Size column, float *S) {
+  constexpr int R = rows_of(NV);
+  alignas(64) float x[kChunk * NV * W], ended[kChunk * NV * W];
+  const bool plain = column + NV * W <= c.P;
+  for (Size s = 0; s < c.len; ++s) {
+    MATEXPORT_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      const float *from = c.x + s * c.ldx + column + j * W;
+      Floats<W> v = plain ? load<W>(from) : load<W>(from, c.P - column - j * W);
+      if (c.mask && !c.mask[s]) v = Floats<W>{};
+      store<W>(x + (s * NV + j) * W, v);
+      store<W>(ended + (s * NV + j) * W, v * c.end[s]);
+    }
+  }
+  for (Size t = 0; t < c.len; t += R) rows_of_y<W, R, NV>(c, t, column, S, x);
+  Size n = 0;
+  for (; n + R <= c.N; n += R) rows_of_state<W, R, NV>(c, n, S, ended);
+  for (; n + 4 <= c.N; n += 4) rows_of_state<W, 4, NV>(c, n, S, ended);
+  for (; n < c.N; ++n) rows_of_state<W, 1, NV>(c, n, S, ended);
+}
+
+template <int W, int NV = kMaxVectors>
+MATEXPORT_INLINE void some_columns(int vectors, const Chunk &c, Size column, float *S) {
+  if (vectors == NV) return columns<W, NV>(c, column, S + column);
+  if constexpr (NV > 1) some_columns<W, NV - 1>(vectors, c, column, S);
+}
+
+template <int W>
+MATEXPORT_INLINE void all_columns(const Chunk &c, float *S) {
+  for (Size left = c.stride / W, column = 0; left > 0;) {
+    int vectors = int(left);
+    if (left > kMaxVectors) vectors = left == kMaxVectors + 1 ? (kMaxVectors + 1) / 2 : kManyRegisters ? 4 : 3;
+    some_columns<W>(vectors, c, column, S);
+    left -= vectors, column += vectors * W;
+  }
+}
+
+// Rows of P floats, `from` apart, to rows `to` apart; with `pad`, the rest of a row becomes zero.
+MATEXPORT_INLINE void copy_rows(const float *source, Size from, float *target, Size to, Size rows, Size P, bool pad) {
+  for (Size n = 0; n < rows; ++n) {
+    for (Size i = 0; i < P; ++i) target[n * to + i] = source ? source[n * from + i] : 0.f;
+    for (Size i = P; pad && i < to; ++i) target[n * to + i] = 0.f;
+  }
+}
+
+void scan_head(void *problem, size_t part) {
+  const ScanProblem &p = *static_cast<const ScanProblem *>(problem);
+  const Size b = Size(part) / p.heads, h = Size(part) % p.heads, g = h / (p.heads / p.groups), N = p.N;
+  const Size all = (p.length + kChunk - 1) / kChunk, ld = p.groups * N, bg = b * p.groups + g;
+  const Size at = Size(part) * N * p.P;
+  float *S = p.own_state ? p.scratch + p.state_at + Size(part) * N * p.stride : p.final_state + at;
+  if (p.first == 0) copy_rows(p.state ? p.state + at : nullptr, p.P, S, p.stride, N, p.P, true);
+  const float *dt = p.scratch + p.dt_at + Size(part) * p.panel * kChunk;
+  Chunk c;
+  c.ldx = p.heads * p.P, c.N = N, c.P = p.P, c.stride = p.stride, c.ldb = p.mask ? N : ld;
+  for (Size i = 0; i < p.chunks; ++i) {
+    const Size t0 = (p.first + i) * kChunk, row = b * p.length + t0, in = row * c.ldx + h * p.P;
+    const Size chunk = bg * p.panel + i;
+    c.len = smaller(kChunk, p.length - t0);
+    c.x = p.x + in, c.y = p.y + in, c.z = p.z ? p.z + in : nullptr;
+    c.mask = p.mask ? p.mask + row : nullptr;
+    c.ct = p.scratch + p.c_at + chunk * N * kChunk;
+    c.b = p.mask ? p.scratch + p.b_at + chunk * N * kChunk : p.B + row * ld + g * N;
+    weigh<MATEXPORT_LANES>(c, dt + i * kChunk, p.A[h], p.D[h], p.scratch + p.cb_at + chunk * kChunk * kChunk);
+    switch (lanes_for(p.P)) {
+#if MATEXPORT_LANES >= 16
+      case 16: all_columns<16>(c, S); break;
+#endif
+#if MATEXPORT_LANES >= 8
+      case 8: all_columns<8>(c, S); break;
+#endif
+      default: all_columns<4>(c, S); break;
+    }
+  }
+  if (p.own_state && p.final_state && p.first + p.chunks == all)
+    copy_rows(S, p.stride, p.final_state + at, p.P, N, p.P, false);
+}
+
+// ----------------------------------------------------------------------------------------------- scan_step
+// Columns of a single step: NV vectors, the last one of `count` lanes.
+template <int W, int NV>
+MATEXPORT_INLINE void step_columns(const ScanProblem &p, Size head, Size column, Size count, const float *B,
+                                   const float *C, float dt, float decay, float D) {
+  const Size row = head * p.P + column, last = NV - 1;
+  Floats<W> x[NV], y[NV] = {};
+  for (int j = 0; j < NV; ++j) x[j] = load<W>(p.x + row + j * W, j == last ? count : W);
+  const float *in = p.state ? p.state + head * p.N * p.P + column : nullptr;
+  float *out = p.final_state ? p.final_state + head * p.N * p.P + column : nullptr;
+  for (Size n = 0; n < p.N; ++n)
+    for (int j = 0; j < NV; ++j) {
+      Floats<W> s = x[j] * (dt * B[n]);
+      if (in) s += load<W>(in + n * p.P + j * W, j == last ? count : W) * decay;
+      if (out) store<W>(out + n * p.P + j * W, s, j == last ? count : W);
+      y[j] += s * C[n];
+    }
+  for (int j = 0; j < NV; ++j) {
+    Floats<W> v = y[j] + x[j] * D;
+    if (p.z) v *= silu<W>(load<W>(p.z + row + j * W, j == last ? count : W));
+    store<W>(p.y + row + j * W, v, j == last ? count : W);
+  }
+}
+
+void scan_step(void *problem, size_t part) {
+  const ScanProblem &p = *static_cast<const ScanProblem *>(problem);
+  constexpr int W = MATEXPORT_LANES;
+  const Size head = Size(part), b = head / p.heads, h = head % p.heads, N = p.N, P = p.P;
+  if (p.mask && !p.mask[b]) {
+    for (Size i = 0; i < P; ++i) p.y[head * P + i] = 0.f;
+    const Size at = head * N * P;
+    if (p.final_state) copy_rows(p.state ? p.state + at : nullptr, P, p.final_state + at, P, N, P, false);
+    return;
+  }
+  float dt = softplus<4>(splat<4>(p.dt_raw[head] + p.dt_bias[h]))[0];
+  dt = dt < p.dt_min ? p.dt_min : dt > p.dt_max ? p.dt_max : dt;
+  const float decay = exponential<4>(splat<4>(dt * p.A[h]))[0], D = p.D[h];
+  const Size group = (b * p.groups + h / (p.heads / p.groups)) * N;
+  const float *B = p.B + group, *C = p.C + group;
+  Size column = 0;
+  for (; column + 4 * W <= P; column += 4 * W) step_columns<W, 4>(p, head, column, W, B, C, dt, decay, D);
+  for (; column + W <= P; column += W) step_columns<W, 1>(p, head, column, W, B, C, dt, decay, D);
+  for (; column + 4 <= P; column += 4) step_columns<4, 1>(p, head, column, 4, B, C, dt, decay, D);
+  if (column < P) step_columns<4, 1>(p, head, column, P - column, B, C, dt, decay, D);
+}
