@@ -120,10 +120,44 @@ def test_empty_and_forced_outputs(vision: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     mx.plan(vision, ROW).write(tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").exists()
-    (tmp_path / "empty" / "stale").write_text("")
     mx.plan(vision).write(tmp_path / "empty", force=True)
-    assert not (tmp_path / "empty" / "stale").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
+
+
+def test_force_does_not_cost_anybodys_files(vision: Path, tmp_path: Path) -> None:
+    mx.plan(vision, ROW).write(tmp_path / "out")
+    (tmp_path / "out" / "adapter.safetensors").write_text("precious")
+    with pytest.raises(UsageError, match="did not write: adapter"):
+        mx.plan(vision).write(tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "adapter.safetensors").read_text() == "precious"
+
+
+def test_a_name_that_is_too_long(vision: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="too long a name"):
+        mx.plan(vision).write(tmp_path / ("x" * 243))
+
+
+def test_a_source_that_changed_after_it_was_planned(tmp_path: Path) -> None:
+    """Offsets are those of the headers that were read: another file at that path is another source."""
+    source = vision_checkpoint(tmp_path / "source")
+    planned = mx.plan(source)
+    data = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        planned.write(tmp_path / "out")
+    (source / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match="changed"):
+        planned.write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_digests_sizes_are_verified(vision: Path, tmp_path: Path) -> None:
+    mx.plan(vision, ROW).write(tmp_path / "out", digest=False)
+    assert "sha256" not in json.loads((tmp_path / "out" / "matexport.json").read_text())["files"]["config.json"]
+    assert mx.verify(tmp_path / "out", vision).passed
+    with (tmp_path / "out" / "README.md").open("a") as f:
+        f.write("more")
+    assert not mx.verify(tmp_path / "out", vision).passed
 
 
 def test_a_symlinked_output_is_written_through(vision: Path, tmp_path: Path) -> None:

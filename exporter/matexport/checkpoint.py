@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,6 +91,7 @@ class Checkpoint:
 
     Attributes:
         remote: the repository whose snapshot in the cache `path` is; weight files need not be there yet.
+        opened: `state` when the headers were read: what a plan is about.
         streams: whether weight files that are not there are read over HTTP rather than downloaded.
     """
 
@@ -99,6 +100,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     remote: Repository | None = None
     streams: bool = False
+    opened: tuple[tuple[Any, ...], ...] = ()
 
     @property
     def name(self) -> str:
@@ -144,12 +146,27 @@ class Checkpoint:
             return max(tensor.start + tensor.nbytes for tensor in self.tensors.values() if tensor.file == file)
         return file.stat().st_size
 
-    def state(self) -> tuple[tuple[str, int, int], ...]:
-        """Name, size and modification time (ns) of the weight files: differs once one of them has changed.
+    def state(self) -> tuple[tuple[Any, ...], ...]:
+        """Name, size, modification time (ns) and inode of config.json and the weight files: what changes with them.
 
-        A commit of a repository does not change, but its files may be downloaded meanwhile: they have no time.
+        A commit of a repository does not change, but its files may be downloaded meanwhile: they have a size only.
+
+        Raises:
+            CheckpointError: a file is gone.
         """
-        return tuple((f.name, self.size_of(f), 0 if self.remote else f.stat().st_mtime_ns) for f in self.files)
+        if self.remote:
+            return tuple((file.name, self.size_of(file)) for file in self.files)
+        try:
+            stats = [(file.name, file.stat()) for file in (self.path / "config.json", *self.files)]
+        except OSError as e:
+            raise CheckpointError(f"cannot be read: {e.strerror}", where=str(e.filename), fix="open it again") from None
+        return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file is another one than when the headers were read."""
+        if self.state() != self.opened:
+            fix = "run again when it is at rest"
+            raise CheckpointError("changed while it was read", where=str(self.path), fix=fix)
 
 
 def open_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -193,7 +210,8 @@ def open_checkpoint(path: str | Path, *, allow_pickle: bool = False) -> Checkpoi
         if others:
             what, fix = f"has no {index}", f"put the index of {others[0]} beside it"
         raise CheckpointError(what, where=str(path), fix=fix)
-    return Checkpoint(folder, config, tensors, remote)
+    checkpoint = Checkpoint(folder, config, tensors, remote)
+    return replace(checkpoint, opened=checkpoint.state())
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def describe_slice(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
 
     If the source is itself a slice, `origin` says the same relative to the checkpoint that it was cut from.
     """
-    described = {
+    described: dict[str, Any] = {
         "matexport": __version__,
         "family": plan.family,
         "slice": {
@@ -41,7 +41,7 @@ def describe_slice(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     }
     if (checkpoint.path / FILE).is_file():
         origin = _origin(plan, read_manifest(checkpoint.path), str(checkpoint.path))
-        described |= {"origin": origin} if origin else {}
+        described["origin"] = origin
     return described
 
 
@@ -146,7 +146,7 @@ def file_problems(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             found[name] = "the file is missing"
-        elif path.stat().st_size != entry.get("bytes") or file_digest(path) != entry.get("sha256"):
+        elif path.stat().st_size != entry.get("bytes") or _differs(path, entry.get("sha256")):
             found[name] = "was changed after it was written"
         else:
             found[name] = ""
@@ -154,6 +154,11 @@ def file_problems(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
         known = {*manifest["files"], FILE}
         found |= {p.name: "is not one of the files that were written" for p in folder.iterdir() if p.name not in known}
     return found
+
+
+def _differs(path: Path, sha256: object) -> bool:
+    """Whether a file has another digest than was noted; none was for what was written with `--no-digest`."""
+    return sha256 is not None and file_digest(path) != sha256
 
 
 def kept_tensors(manifest: dict[str, Any], key: str, where: str) -> dict[str, PlannedTensor]:

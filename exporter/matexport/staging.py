@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matexport.errors import OutputError, UsageError
 from matexport.journal import clear, journal_path, remove
-from matexport.manifest import FILE
+from matexport.manifest import FILE, read_manifest
 
 
 @contextlib.contextmanager
@@ -37,6 +37,8 @@ def staged_folder(
         raise UsageError(
             "output cannot be replaced while it is in use", where=str(output), fix="name a folder inside it"
         )
+    if len(os.fsencode(output.name)) > 200:
+        raise UsageError("output has too long a name", where=str(output), fix="choose a shorter one")
     _check_output(output, force)
     staging = output.with_name(f".{output.name}.partial")
     with _io_errors(staging):
@@ -87,6 +89,10 @@ def _check_output(output: Path, force: bool) -> None:
         if not (output / FILE).is_file():
             what = f"output holds no {FILE}: matexport did not write it, and does not replace it"
             raise UsageError(what, where=str(output), fix="name another folder")
+        strangers = sorted({path.name for path in output.iterdir()} - {FILE, *read_manifest(output)["files"]})
+        if strangers:
+            what = f"output holds what matexport did not write: {', '.join(strangers[:5])}"
+            raise UsageError(what, where=str(output), fix="move it away, or name another folder")
 
 
 def _publish(staging: Path, output: Path) -> None:

@@ -189,13 +189,13 @@ def write_checkpoint(
         CheckpointError: the source ends early, changed during the run, or (strict) is not finite.
     """
     output = Path(output)
-    before = checkpoint.state()
+    checkpoint.check_unchanged()
     shards = dict(_shards(plan, max_shard_size))
     described = describe_slice(plan, checkpoint)
     run = {
         "plan": plan.to_json(),
         "source": described,
-        "state": before,
+        "state": checkpoint.opened,
         "shards": {n: list(t) for n, t in shards.items()},
     }
     with staged_folder(output, force=force, inputs=[checkpoint.path], resume=resume and digest) as folder:
@@ -226,17 +226,16 @@ def write_checkpoint(
             weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
             index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             put("model.safetensors.index.json", json_bytes(index))
+        sliced = (checkpoint.path / FILE).is_file()  # a slice of ours: what it has of the files below was ours too
         for path in companions(checkpoint.path):
-            if path.name.casefold() not in map(str.casefold, files):
-                put(path.name, path.read_bytes())
+            ours = path.name.casefold() in map(str.casefold, files)
+            if not (ours and sliced):
+                put(path.name + ".source" if ours else path.name, _read_companion(path))
         for name, data in files.items():
             put(name, data)
         if unusual and strict:
             raise CheckpointError("; ".join(unusual), where=str(checkpoint.path), fix="leave out --strict to keep them")
-        if checkpoint.state() != before:
-            raise CheckpointError(
-                "changed while it was read", where=str(checkpoint.path), fix="run again when it is at rest"
-            )
+        checkpoint.check_unchanged()
         manifest = {
             "kind": "checkpoint",
             **described,
@@ -278,6 +277,13 @@ def _file_blocks(
         if start < begin + tensor.nbytes:
             yield from tensor_blocks(checkpoint, tensor, name, warn, start=max(0, start - begin), pool=pool)
         begin += tensor.nbytes
+
+
+def _read_companion(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise CheckpointError(f"cannot be read: {e.strerror}", where=str(path), fix="check its rights") from None
 
 
 def companions(folder: Path) -> list[Path]:

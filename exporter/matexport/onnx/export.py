@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from matexport.checkpoint import Checkpoint
-from matexport.errors import CheckpointError, UsageError
+from matexport.errors import UsageError
 from matexport.graph.builder import DTYPES, Graph, Weight
 from matexport.manifest import FILE, describe_slice, json_bytes, manifest_bytes
 from matexport.planning import Plan
@@ -74,7 +74,7 @@ def _write_model(
 ) -> Files:
     """Writes the model file `name` and its weights; returns what was written."""
     offsets, size = _place(graph)
-    before = checkpoint.state()
+    checkpoint.check_unchanged()
     check_space(folder, size)
     checkpoint.fetch((tensor.view.source for tensor in plan.tensors.values()), COMPANIONS)
     data = f"{name}_data"
@@ -93,9 +93,7 @@ def _write_model(
     model = graph.to_model(producer_version=__version__, metadata={"matexport.slice": plan.name})
     model = ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True)(model).model
     put(folder, written, name, ir.to_proto(model).SerializeToString(deterministic=True))
-    if checkpoint.state() != before:
-        fix = "run again when it is at rest"
-        raise CheckpointError("changed while it was read", where=str(checkpoint.path), fix=fix)
+    checkpoint.check_unchanged()
     return written
 
 

@@ -104,6 +104,10 @@ def _record(manifest: dict[str, Any], source: Checkpoint, row: Row | None) -> di
     is_direct = isinstance(direct, dict) and direct.get("files") == describe_source(source)["files"]
     if isinstance(origin, dict) and not is_direct:
         return {**manifest, **origin}
+    if "origin" in manifest and origin is None and not is_direct and row is None:
+        name = direct.get("name") if isinstance(direct, dict) else "another checkpoint"
+        fix = f"give {name!r} as --source: its weights were cast twice on the way"
+        raise InputError("says nothing about this source", where="manifest", fix=fix)
     if row is not None and not is_direct and manifest["kind"] == "checkpoint":
         return {"kind": "checkpoint", "files": manifest["files"]}
     return manifest
@@ -178,7 +182,7 @@ def _check_config(subject: Subject, standalone: Checkpoint) -> list[Comparison]:
         if not key.endswith("_token_id") and standalone.config.get(key) != value:
             detail = f"{key} is {standalone.config.get(key)!r}, {value!r} expected"
             found.append(Comparison("config.json", "config", False, 0.0, detail=detail))
-    if subject.manifest.get("matexport", __version__) == __version__:
+    if subject.manifest.get("matexport") == __version__:
         for name, code in subject.family.extra_files(subject.plan).items():
             path = subject.artefact / name
             if not path.is_file() or path.read_bytes() != code:

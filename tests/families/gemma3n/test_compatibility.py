@@ -76,4 +76,4 @@ def test_other_facts(edit: dict[str, Any], names: list[str], fact: str, refusers
 def test_the_text_model_alone() -> None:
     config = CONFIG["text_config"]
     names = [name.replace("language_model.", "") for name in NAMES if name not in gemma.TOWERS]
-    assert takers(config, names) == ALL - {NEVER, "mlx-lm", "llama.cpp"}
+    assert takers(config, names) == ALL - {NEVER, "mlx-lm", "llama.cpp", "mistral.rs"}

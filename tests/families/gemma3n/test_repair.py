@@ -128,7 +128,17 @@ def test_what_can_be_inferred(tmp_path: Path) -> None:
 
 
 def test_nothing_to_repair(tmp_path: Path) -> None:
+    """A row that it was not cut with must not become its name."""
     full = gemma.text_checkpoint(tmp_path / "source")
-    assert matexport("slice", "-m", full, "--repair", "-o", tmp_path / "out").code == 0
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((full / "config.json").read_text())
+    result = matexport("slice", "-m", full, "--repair", "-o", tmp_path / "out")
+    assert result.code == 2
+    assert "nothing of it needs repair" in result.stderr
     assert "damage" not in matexport("inspect", "-m", full, "--format", "json").json
+
+
+def test_the_row_is_checked_even_where_it_is_not_needed(tmp_path: Path) -> None:
+    lab = notebook(source(tmp_path / "source"), tmp_path / "lab", (), HALF)
+    (tmp_path / "t.csv").write_text(f"name,FFN Hidden Dims,Layers Skipped\nrow,{HALF},[7]\n")
+    result = matexport("slice", "-m", lab, "--repair", "-c", tmp_path / "t.csv", "-s", "row", "-o", tmp_path / "out")
+    assert result.code == 4
+    assert "-s ROW" in result.stderr

@@ -208,7 +208,10 @@ def test_the_licence_travels(multimodal: Path, tmp_path: Path) -> None:
     notice = (tmp_path / "out" / "NOTICE").read_text()
     assert notice.startswith("Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev")
     assert "These files were modified by matexport: config.json and every" in notice
-    assert not {"Notice"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "out" / "Notice.source").read_text() == "the source's own"
+    mx.plan(tmp_path / "out").write(tmp_path / "again")  # of ours there is only one
+    names = {path.name for path in (tmp_path / "again").iterdir() if "otice" in path.name.lower()}
+    assert names == {"NOTICE", "Notice.source"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: gemma\n" in card.split("---")[1]
     with safe_open(tmp_path / "out" / "model.safetensors", "np") as f:
@@ -246,7 +249,10 @@ def test_dead_keys_and_values(text: Path, tmp_path: Path) -> None:
     gone = kept.plan.tensors.keys() - dropped.plan.tensors.keys()
     parts = ("k_proj", "v_proj", "k_norm")
     assert gone == {f"model.layers.{i}.self_attn.{part}.weight" for i in (4, 5) for part in parts}
-    assert "llama.cpp and mistral.rs refuse" in dropped.plan.notes[-1]
+    assert "missed by transformers 4.57, transformers 4.53, vLLM, mistral.rs, llama.cpp" in dropped.plan.notes[-1]
+    assert mx.plan(text, Row("none", skipped=(6, 7, 8, 9)), options=["drop_dead_kv"]).plan.notes[-1:] != (
+        dropped.plan.notes[-1],
+    )
     dropped.write(tmp_path / "out")
     assert mx.verify(tmp_path / "out", text).passed
     result = matexport("inspect", "-m", tmp_path / "out", "--format", "json")
@@ -311,6 +317,35 @@ def test_a_scalar_width_and_left_out_lists(tmp_path: Path) -> None:
     assert mx.verify(tmp_path / "out", source).passed
 
 
+def test_a_checkpoint_that_others_cut_is_verified_by_its_row(text: Path, tmp_path: Path) -> None:
+    """No manifest, no notice: tensors, config and logits are what counts."""
+    mx.plan(text, row_of("mixed")).write(tmp_path / "out")
+    for name in ("matexport.json", "NOTICE", "README.md"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "t.csv").write_text('name,FFN Hidden Dims,Layers Skipped\nmixed,"[16,24,32,40,48,56]","[2,3,7,9]"\n')
+    verify = ["verify", "-m", tmp_path / "out", "--source", text, "-c", tmp_path / "t.csv", "-s", "mixed"]
+    assert matexport(*verify).code == 0
+
+
+def test_two_casts_are_told(text: Path, tmp_path: Path) -> None:
+    mx.plan(text, Row("one", skipped=(8,)), dtype="bfloat16").write(tmp_path / "one")
+    mx.plan(tmp_path / "one", dtype="float32").write(tmp_path / "two")
+    assert mx.verify(tmp_path / "two", tmp_path / "one").passed
+    result = matexport("verify", "-m", tmp_path / "two", "--source", text)
+    assert result.code == 4
+    assert "'one' as --source" in result.stderr
+
+
+@pytest.mark.parametrize("widths", [[[1]] * 10, ["a", *[1] * 9], [64] * 9 + [None]], ids=["lists", "text", "null"])
+def test_inspect_of_widths_that_are_none(tmp_path: Path, widths: list[Any]) -> None:
+    source = gemma.text_checkpoint(tmp_path / "source")
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": widths}))
+    result = matexport("inspect", "-m", source)
+    assert result.code == 4
+    assert "intermediate_size" in result.stderr
+
+
 def test_a_head_of_its_own(tmp_path: Path) -> None:
     config = {"architectures": ["Gemma3nForCausalLM"], **gemma.text_config()}
     tensors = gemma.tensors(config)
@@ -320,6 +355,12 @@ def test_a_head_of_its_own(tmp_path: Path) -> None:
     config["tie_word_embeddings"] = False
     source = gemma.write_gemma(tmp_path / "untied", config, tensors)
     assert "lm_head.weight" in mx.plan(source).plan.tensors
+    outer = {**gemma.multimodal_config(gemma.text_config()), "tie_word_embeddings": False}
+    weights = gemma.tensors(outer)
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"][::-1].copy()
+    source = gemma.write_gemma(tmp_path / "outer", outer, weights)
+    planned = mx.plan(source, options=["text_only"])
+    assert planned.plan.config["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,11 @@ LOADERS = (
         ("lists fit", "multimodal names", "rope keys"),
         "models/gemma3n.py at d78bf58: text_config and model.language_model.* only",
     ),
-    Loader("mistral.rs", ("lists fit", "unused K/V"), "vision_models/gemma3n/text.rs at 9e92262: K/V of every layer"),
+    Loader(
+        "mistral.rs",
+        ("lists fit", "unused K/V", "multimodal names"),
+        "vision_models/gemma3n at 9e92262: K/V of every layer, the multimodal class only",
+    ),
     Loader(
         "llama.cpp",
         ("lists fit", "unused K/V", "one width", "first shared 20", "period 5", "sparse 10", "multimodal names"),
@@ -55,26 +59,38 @@ def unmet(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
         found["lists fit"] = found["types fit"] = "; ".join(stale) or "config.json's lists do not fit its layers"
     if any("integers" in fault for fault in faults(config)):
         found["floats"] = "activation_sparsity_pattern holds integers"
-    if isinstance(widths, list) and len(set(widths)) > 1:
+    if isinstance(widths, list) and not all(type(width) is int for width in widths):
+        found["lists fit"] = found["types fit"] = "intermediate_size holds what is no width"
+    elif isinstance(widths, list) and len(set(widths)) > 1:
         found["one width"] = f"the layers have different FFN widths ({', '.join(map(str, sorted(set(widths))))})"
     if not is_composite(config) or not any(name.startswith("model.language_model.") for name in names):
         found["multimodal names"] = "it takes the multimodal config and names only, this is the text model alone"
     if not all(key in text for key in ROPE_KEYS):
         found["rope keys"] = f"config.json has no {' and '.join(ROPE_KEYS)} (transformers 5 rewrote them)"
-    keys = sum(name.endswith("self_attn.k_proj.weight") for name in names)
+    parts = ("k_proj", "v_proj", "k_norm")
+    keys = min(sum(name.endswith(f"self_attn.{part}.weight") for name in names) for part in parts)
     if keys < layers:
         found["unused K/V"] = f"the keys and values of {layers - keys} of {shared} sharing layers were left out"
     return found
 
 
+def needing(fact: str) -> list[str]:
+    """The runtimes that a fact matters to."""
+    return [loader.name for loader in LOADERS if fact in loader.needs]
+
+
 def depth_notes(config: Mapping[str, Any]) -> list[str]:
     """What runtimes with fixed layer offsets would misread in a sliced model."""
     found = _depth(config)
+    text = text_of(config)
     takers = {"donor offsets": "vLLM"}
     by_runtime: dict[str, list[str]] = {}
     for fact, why in found.items():
         by_runtime.setdefault(takers.get(fact, "llama.cpp"), []).append(why)
-    return [f"{runtime} would misread this model: {'; '.join(reasons)}" for runtime, reasons in by_runtime.items()]
+    notes = [f"{runtime} would misread this model: {'; '.join(reasons)}" for runtime, reasons in by_runtime.items()]
+    if _number(text, "num_kv_shared_layers") == 0:
+        notes.append("no layer shares keys and values: transformers 4.57 cannot generate with a static cache")
+    return notes
 
 
 def _depth(config: Mapping[str, Any]) -> dict[str, str]:
@@ -87,7 +103,7 @@ def _depth(config: Mapping[str, Any]) -> dict[str, str]:
     for kind, offset in ((SLIDING, 2), (FULL, 1)):
         if kind in types[first:] and last.get(kind) != first - offset:
             found["donor offsets"] = f"it reads {kind} keys and values of layer {first - offset}, not {last.get(kind)}"
-    if shared and first != 20:
+    if (layers > 20 and first != 20) or (shared and first != 20):
         found["first shared 20"] = f"it takes layer 20 for the first one without keys and values, not {first}"
     if any((kind == FULL) != ((i + 1) % 5 == 0) for i, kind in enumerate(types)):
         found["period 5"] = "it takes every fifth layer for a full one"

@@ -174,7 +174,10 @@ def text_only_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the language model alone, from that of the multimodal model."""
     if not is_composite(config):
         return dict(config)
-    outer = ("torch_dtype", "dtype", "transformers_version", "pad_token_id", "bos_token_id", "eos_token_id")
+    outer = (
+        "torch_dtype", "dtype", "transformers_version", "pad_token_id", "bos_token_id", "eos_token_id",
+        "tie_word_embeddings",
+    )  # fmt: skip
     return {
         "architectures": ["Gemma3nForCausalLM"],
         **config["text_config"],
@@ -208,6 +211,9 @@ def repaired_config(config: Mapping[str, Any], kept: Sequence[int] | None, where
     text = text_of(config)
     layers = _count(text, "num_hidden_layers", where)
     types, sparsity = layer_types(text, layers), sparsity_of(text, layers)
+    if kept is not None and len(kept) != layers:
+        fix = "name the row that it was cut with: -s ROW"
+        raise CheckpointError(f"the row keeps {len(kept)} layers, {layers} are there", where=where, fix=fix)
     if len(types) < layers:
         raise CheckpointError("layer_types is too short to be repaired", where=where, fix="slice the source again")
     if len(types) > layers:

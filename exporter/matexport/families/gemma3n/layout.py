@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, TableError
-from matexport.families.gemma3n.compatibility import depth_notes
+from matexport.families.gemma3n.compatibility import depth_notes, needing
 from matexport.families.gemma3n.config import (
     CODE,
     TextConfig,
@@ -277,10 +277,9 @@ def drop_dead_kv(plan: Plan) -> Plan:
 
     tensors = {name: tensor for name, tensor in plan.tensors.items() if not is_dead(name)}
     dropped = len(plan.tensors) - len(tensors)
-    note = (
-        f"{dropped} unused key and value tensors are left out: transformers 4.x reports them as missing, "
-        "llama.cpp and mistral.rs refuse to load without them"
-    )
+    if not dropped:
+        return plan
+    note = f"{dropped} unused key and value tensors are left out; they are missed by {', '.join(needing('unused K/V'))}"
     return _counted(replace(plan, tensors=tensors, notes=(*plan.notes, note)))
 
 

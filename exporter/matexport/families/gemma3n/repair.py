@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from matexport.checkpoint import Checkpoint
-from matexport.errors import CheckpointError
-from matexport.families.gemma3n.config import layer_types, repaired_config, text_of
+from matexport.errors import CheckpointError, UsageError
+from matexport.families.gemma3n.config import faults, layer_types, repaired_config, text_of
 from matexport.families.rows import kept_layers
 from matexport.slice_table import Row
 
@@ -20,13 +20,18 @@ def repair(checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
     Raises:
         CheckpointError: it cannot be inferred, or the row is another one.
         TableError: the row fits no model of the source's depth.
+        UsageError: nothing of it needs repair.
     """
     where = str(checkpoint.path / "config.json")
+    if not faults(checkpoint.config):
+        raise UsageError("nothing of it needs repair", where=where, fix="leave out --repair")
+    if row is None:
+        return replace(checkpoint, config=repaired_config(checkpoint.config, None, where))
     text = text_of(checkpoint.config)
-    count = len(layer_types(text, 0)) or text.get("num_hidden_layers", 0)
-    kept = kept_layers(row, count) if row is not None and type(count) is int else None
-    widths = row.ffn.resolve(len(kept)) if row is not None and row.ffn is not None and kept else None
-    if widths is not None and text.get("intermediate_size") not in ([*widths], widths[0]):
-        what = f"its FFN widths are not those of row {row.name!r}" if row else ""
-        raise CheckpointError(what, where=where, fix="name the row that it was cut with: -s ROW")
+    layers, width = text.get("num_hidden_layers"), text.get("intermediate_size")
+    kept = kept_layers(row, len(layer_types(text, layers if type(layers) is int else 0)))
+    widths = row.ffn.resolve(len(kept)) if row.ffn is not None else None
+    if widths is not None and (width if isinstance(width, list) else [width] * len(widths)) != list(widths):
+        fix = "name the row that it was cut with: -s ROW"
+        raise CheckpointError(f"its FFN widths are not those of row {row.name!r}", where=where, fix=fix)
     return replace(checkpoint, config=repaired_config(checkpoint.config, kept, where))
