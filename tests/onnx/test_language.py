@@ -14,9 +14,13 @@ import matexport as mx
 from matexport.dims import Dims
 from matexport.graph.stateful import FORMS
 from matexport.slice_table import Row
+from matexport_plugins import ort_library
 from support import language_checkpoint, language_config, matexport, write_checkpoint
 
 ROW = Row("mixed", skipped=(1,), mamba=Dims(head=(32, 12)))
+LIBRARY = ort_library()
+# the functions in the file, and our kernels in their place
+WAYS = [*FORMS, pytest.param("kernels", marks=pytest.mark.skipif(LIBRARY is None, reason="built without a compiler"))]
 Arrays = dict[str, np.ndarray]
 
 
@@ -31,9 +35,12 @@ def exported(language: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Session:
     """A model with its states, as an application would hold it."""
 
-    def __init__(self, folder: Path, batch: int):
+    def __init__(self, exported: Path, way: str, batch: int):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if way == "kernels":
+            options.register_custom_ops_library(str(LIBRARY))
+        folder = exported / ("custom" if way == "kernels" else way)
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
         self.states = {
             i.name: np.zeros([batch, *i.shape[1:]], np.float32)
@@ -98,45 +105,45 @@ def test_what_a_file_needs(exported: Path, form: str) -> None:
     assert "/layers.1/mixer/scan/Neg" in {node.name for node in model.graph.node}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_in_pieces_of_any_length(exported: Path, form: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_in_pieces_of_any_length(exported: Path, way: str) -> None:
     tokens = ids(2, 21)
-    whole = Session(exported / form, 2).run(tokens)
+    whole = Session(exported, way, 2).run(tokens)
     for cuts in ([1], [2, 3], [7, 8, 20]):
-        session = Session(exported / form, 2)
+        session = Session(exported, way, 2)
         pieces = [session.run(piece) for piece in np.split(tokens, cuts, axis=1)]
         assert close(np.concatenate(pieces, 1), whole)
-    lost = Session(exported / form, 2)  # negative control: a state that is not passed on
+    lost = Session(exported, way, 2)  # negative control: a state that is not passed on
     lost.run(tokens[:, :7])
     lost.states = {name: np.zeros_like(state) for name, state in lost.states.items()}
     assert not close(lost.run(tokens[:, 7:]), whole[:, 7:], 1e-2)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("left", [(0, 0, 0), (3, 0, 9), (1, 2, 0)], ids=["right", "left", "both"])
-def test_padding_is_no_step_at_all(exported: Path, form: str, left: tuple[int, ...]) -> None:
+def test_padding_is_no_step_at_all(exported: Path, way: str, left: tuple[int, ...]) -> None:
     """Each padded row equals the same tokens alone, and its states are bit for bit those without the padding."""
     lengths, width = (11, 9, 2), 12
     tokens, mask = ids(3, width, seed=1), np.zeros((3, width), np.int64)
     for row, (length, begin) in enumerate(zip(lengths, left, strict=True)):
         begin = min(begin, width - length)
         mask[row, begin : begin + length] = 1
-    session = Session(exported / form, 3)
+    session = Session(exported, way, 3)
     logits = session.run(tokens, mask)
     after = session.run(ids(3, 1, seed=2), np.concatenate([mask, np.ones((3, 1), np.int64)], 1))
-    wrong = Session(exported / form, 3)
+    wrong = Session(exported, way, 3)
     wrong.run(tokens)  # negative control: the padding taken for tokens
     for row in range(3):
-        alone, real = Session(exported / form, 1), mask[row].astype(bool)
+        alone, real = Session(exported, way, 1), mask[row].astype(bool)
         want = alone.run(tokens[row : row + 1, real])
         assert close(logits[row, real], want[0])
         assert close(after[row], alone.run(ids(3, 1, seed=2)[row : row + 1])[0])
     assert not close(wrong.run(ids(3, 1, seed=2)), after, 1e-2)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_all_masked_leaves_the_states_as_they_were(exported: Path, form: str) -> None:
-    session = Session(exported / form, 2)
+@pytest.mark.parametrize("way", WAYS)
+def test_all_masked_leaves_the_states_as_they_were(exported: Path, way: str) -> None:
+    session = Session(exported, way, 2)
     session.run(ids(2, 5))
     before = {name: state.copy() for name, state in session.states.items()}
     session.run(ids(2, 4), np.zeros((2, 9), np.int64))
@@ -147,7 +154,7 @@ def test_all_masked_leaves_the_states_as_they_were(exported: Path, form: str) ->
 def test_the_reference_evaluator_agrees(exported: Path, form: str) -> None:
     """ONNX's own evaluator knows neither our ops nor the contrib ones: it runs the functions in the file."""
     model = onnx.load(exported / form / "model.onnx")
-    session = Session(exported / form, 2)
+    session = Session(exported, form, 2)
     feed = {"input_ids": ids(2, 6), "attention_mask": np.ones((2, 6), np.int64), **session.states}
     feed["attention_mask"][1, 2] = 0
     got = ReferenceEvaluator(model).run(["logits"], feed)[0]

@@ -20,8 +20,7 @@ def kernels() -> Path | None:
     """The library of matexport-plugins' kernels, or None if it was not built."""
     import matexport_plugins
 
-    find = getattr(matexport_plugins, "ort_library", None)
-    return find() if find else None
+    return matexport_plugins.ort_library()
 
 
 def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
