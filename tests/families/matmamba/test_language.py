@@ -273,12 +273,6 @@ def test_which_loaders_take_it(language: Path, tmp_path: Path, dims: list[int | 
     assert "loads in:" in matexport("inspect", "-m", tmp_path / "out").stdout
 
 
-def test_onnx_is_refused_for_now(language: Path, tmp_path: Path) -> None:
-    result = matexport("onnx", "-m", language, "-o", tmp_path / "out")
-    assert result.code == 2
-    assert "language models cannot be exported to ONNX yet" in result.stderr
-
-
 def test_a_tokenizer_of_ones_own(language: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     folder.mkdir()
