@@ -275,7 +275,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         return one(*args.one)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the folder is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # after removing the folder
     mergekit = args.mergekit if args.model == "E4B/8" and mergekit_versions(args.mergekit) else None
     if args.model == "E4B/8" and mergekit is None:
         say(f"mergekit is left out: {args.mergekit} does not have it (--mergekit PYTHON)")
