@@ -93,6 +93,22 @@ def rounds(ways: Sequence[str], count: int, once: Callable[[str], dict[str, floa
     return runs
 
 
+def rounds_against(
+    yardstick: str, ways: Sequence[str], count: int, once: Callable[[str], dict[str, float]], label: str
+) -> Runs:
+    """As `rounds`, with a run of the yardstick right before each run, whose `seconds` become multiples of its own.
+
+    A disk is not as fast at the end of a round as at its start, nor right after gigabytes were deleted.
+    """
+
+    def one(way: str) -> dict[str, float]:
+        before = once(yardstick)["seconds"]
+        found = once(way)
+        return {**found, "seconds": found["seconds"] / before}
+
+    return rounds(ways, count, one, label)
+
+
 def ratios(runs: Runs, above: str, below: str) -> dict[str, float]:
     """Median and range of a time over another one of the same round."""
     pairs = zip(runs[above], runs[below], strict=True)

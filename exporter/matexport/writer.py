@@ -27,7 +27,7 @@ from matexport.tensors import numpy_dtype
 from matexport.tokenizer import TOKENIZER_FILES
 from matexport.version import __version__
 
-AHEAD = 8  # buffers that hashing may be behind writing
+AHEAD = 8  # buffers that writing and hashing may be behind
 FLUSH = 8 << 20  # bytes after which the disk is asked to start writing
 MARK = 32 << 20  # bytes between the marks in a journal
 
@@ -56,8 +56,8 @@ def write_blocks(
 ) -> dict[str, Any]:
     """Writes buffers one after the other and returns `bytes` and `sha256` of the file.
 
-    Another thread hashes them, at most `AHEAD` of them behind: a buffer may be used again once `AHEAD` more
-    have been yielded.
+    While the caller's thread makes the buffers, a second one writes them and a third one hashes them, at most `AHEAD`
+    behind: a buffer may be used again once `AHEAD` more have been yielded.
 
     Args:
         digest: whether to hash what is written.
@@ -66,38 +66,44 @@ def write_blocks(
         mark: told now and then how many leading bytes are written, and their digest.
     """
     hasher = (seen or hashlib.sha256()) if digest else None
-    hashing: deque[tuple[int, Future[str]]] = deque()
+    behind: deque[tuple[int, Future[None], Future[str] | None]] = deque()
+    done = end = start
 
     def settle() -> None:
-        end, hashed = hashing.popleft()
-        if (sha256 := hashed.result()) and mark is not None:
-            mark(end, sha256)
+        nonlocal done
+        position, written, hashed = behind.popleft()
+        written.result()
+        if hashed and (sha256 := hashed.result()) and mark is not None:
+            mark(position, sha256)
+        progress(position - done)
+        done = position
 
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(fd, start)
-        position = flushed = start
-        with ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1) as writing, ThreadPoolExecutor(1) as hashing:
             for block in blocks:
                 view = memoryview(block).cast("B")
-                end = position + len(view)
-                if hasher is not None:
-                    due = position // MARK != end // MARK
-                    hashing.append((end, thread.submit(_update, hasher, view, due)))
-                progress(len(view))
-                while view:
-                    count = os.pwrite(fd, view, position)
-                    view, position = view[count:], position + count
-                if position - flushed >= FLUSH:  # asks for what the sync at the end would otherwise wait for
-                    os.posix_fadvise(fd, flushed, position - flushed, os.POSIX_FADV_DONTNEED)
-                    flushed = position
-                if len(hashing) == AHEAD:
+                begin, end = end, end + len(view)
+                hashed = hashing.submit(_update, hasher, view, begin // MARK != end // MARK) if hasher else None
+                behind.append((end, writing.submit(_write, fd, view, begin), hashed))
+                if len(behind) == AHEAD:
                     settle()
-            while hashing:
+            while behind:
                 settle()
     finally:
         os.close(fd)
-    return {"bytes": position, **({"sha256": hasher.hexdigest()} if hasher else {})}
+    return {"bytes": end, **({"sha256": hasher.hexdigest()} if hasher else {})}
+
+
+def _write(fd: int, view: memoryview, position: int) -> None:
+    """Writes a block to its place; now and then asks for what the sync at the end would otherwise wait for."""
+    begin, end = position, position + len(view)
+    while view:
+        count = os.pwrite(fd, view, position)
+        view, position = view[count:], position + count
+    if begin // FLUSH != end // FLUSH:
+        os.posix_fadvise(fd, max(0, begin - FLUSH), end - max(0, begin - FLUSH), os.POSIX_FADV_DONTNEED)
 
 
 def _update(digest: Any, view: memoryview, due: bool) -> str:

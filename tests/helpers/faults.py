@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,26 +90,27 @@ def fill(disk: Path) -> None:
 
 @contextlib.contextmanager
 def injected(act: Act | None = None, log: Callable[[Event], None] = lambda event: None) -> Iterator[None]:
-    """Tells `log` of each event before it happens, and acts at one."""
-    count = -1
+    """Tells `log` of each event before it happens, and acts at one. Threads have their events one after the other."""
+    count, turn = -1, threading.RLock()
 
     def wrapped(call: str, real: Callable[..., Any], half: Callable[..., Any]) -> Callable[..., Any]:
         def replacement(*arguments: Any, **options: Any) -> Any:
             nonlocal count
-            count += 1
-            event = _event(call, arguments)
-            log(event)
-            when = act.when if act and act.at == count else ""
-            if act and when == "before":
-                act(event.file)
-            if act and when == "half":
-                half(*arguments, **options)
-                act(event.file)
-            try:
-                return real(*arguments, **options)
-            finally:
-                if act and when == "after":
+            with turn:
+                count += 1
+                event = _event(call, arguments)
+                log(event)
+                when = act.when if act and act.at == count else ""
+                if act and when == "before":
                     act(event.file)
+                if act and when == "half":
+                    half(*arguments, **options)
+                    act(event.file)
+                try:
+                    return real(*arguments, **options)
+                finally:
+                    if act and when == "after":
+                        act(event.file)
 
         return replacement
 
