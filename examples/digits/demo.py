@@ -56,7 +56,7 @@ def main(output: Path) -> int:
         column.justify = "right"
     Console(width=100).print(table)
     print(f"ONNX within {TOLERANCES['onnx']:g} of the oracle, checkpoints bit for bit.")
-    manifest = mx.build_trt(output / ENGINE_ROW / "onnx", output / ENGINE_ROW / "rtx", force=True)
+    manifest = mx.build_trt(output / ENGINE_ROW / "checkpoint", output / ENGINE_ROW / "rtx", force=True)
     engine = manifest["tensorrt"]
     print(f"{ENGINE_ROW}: engine for {engine['flavour']} {engine['version']} built (not run: that needs an RTX GPU).")
     plot(points, output / "size-accuracy.png")

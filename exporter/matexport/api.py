@@ -173,7 +173,7 @@ def export_onnx(
     *,
     slice: str | None = None,
     table: StrPath | Table | None = None,
-    target: str = "portable",
+    target: str = "cpu",
     form: str | None = None,
     force: bool = False,
     progress: Progress = _silent,
@@ -219,7 +219,7 @@ def build_trt(
         return build(path)
     planned = plan(model, slice, table=table)
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(planned, Path(folder, "onnx"))
+        export_onnx(planned, Path(folder, "onnx"), target="portable")
         return build(Path(folder, "onnx"), inputs=[planned.checkpoint.path])
 
 

@@ -32,7 +32,7 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("cpu", "onnx", ("custom", "contrib", "stock"), "F32"),  # ONNX Runtime >= 1.20 on the CPU
+        Target("cpu", "onnx", ("custom", "contrib", "stock"), "F32"),  # ONNX Runtime >= 1.20 on the CPU: the default
         Target("portable", "onnx", ("stock",), "F32"),  # any ONNX runtime
         Target("rtx", "engine", ("stock",), "F32"),  # TensorRT-RTX: built anywhere, runs on RTX GPUs
         Target("tensorrt", "engine", ("stock",), "F32"),  # TensorRT, on the GPU of this machine

@@ -25,7 +25,7 @@ ROW = Row("mixed", skipped=(1,), mamba=Dims(head=(32, 5)))
 @pytest.fixture(scope="module")
 def exported(vision: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx") / "out"
-    mx.export_onnx(mx.plan(vision, ROW), folder)
+    mx.export_onnx(mx.plan(vision, ROW), folder, target="portable")
     return folder
 
 
@@ -84,13 +84,13 @@ def test_alignment(exported: Path) -> None:
 
 
 def test_same_input_same_bytes(exported: Path, vision: Path, tmp_path: Path) -> None:
-    mx.export_onnx(mx.plan(vision, ROW), tmp_path / "again")
+    mx.export_onnx(mx.plan(vision, ROW), tmp_path / "again", target="portable")
     assert content(tmp_path / "again") == content(exported)
 
 
 def test_from_a_slice_as_from_the_source(exported: Path, vision: Path, tmp_path: Path) -> None:
     mx.plan(vision, ROW).write(tmp_path / "slice")
-    mx.export_onnx(tmp_path / "slice", tmp_path / "out")
+    mx.export_onnx(tmp_path / "slice", tmp_path / "out", target="portable")
     assert (tmp_path / "out" / "model.onnx_data").read_bytes() == (exported / "model.onnx_data").read_bytes()
     assert mx.verify(tmp_path / "out", tmp_path / "slice").passed
 
@@ -98,7 +98,7 @@ def test_from_a_slice_as_from_the_source(exported: Path, vision: Path, tmp_path:
 def test_several_chunks(tmp_path: Path) -> None:
     """82 tokens: one full chunk of 64 and a ragged one; the state is carried from one to the other."""
     source = vision_checkpoint(tmp_path / "c", image_size=36, ngroups=2, n_layer=2)
-    mx.export_onnx(source, tmp_path / "out")
+    mx.export_onnx(source, tmp_path / "out", target="portable")
     assert mx.verify(tmp_path / "out", source).passed
 
 

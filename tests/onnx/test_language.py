@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,9 @@ def close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-5) -> bool:
 def test_verified(exported: Path, language: Path, form: str) -> None:
     report = mx.verify(exported / form, language)
     assert report.passed, report.to_markdown()
-    assert {c.name for c in report.comparisons if c.kind == "onnx"} == {"logits", "decode.logits"}
+    kinds = {"onnx"} | ({"functions"} if form == "custom" and LIBRARY else set())  # with our kernels and without them
+    compared = {(c.kind, c.name) for c in report.comparisons if c.kind in ("onnx", "functions")}
+    assert compared == {(kind, name) for kind in kinds for name in ("logits", "decode.logits")}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -173,12 +176,15 @@ def test_an_untied_head(tmp_path: Path) -> None:
 
 
 def test_the_command_line(language: Path, tmp_path: Path) -> None:
-    assert matexport("onnx", "-m", language, "-o", tmp_path / "out").code == 0  # portable
-    assert matexport("verify", "-m", tmp_path / "out", "--source", language).code == 0
-    result = matexport("onnx", "-m", language, "-o", tmp_path / "no", "--form", "custom")
+    for target, form in (("cpu", "custom"), ("portable", "stock")):
+        chosen = [] if target == "cpu" else ["--target", target]
+        assert matexport("onnx", "-m", language, "-o", tmp_path / target, *chosen).code == 0
+        manifest = json.loads((tmp_path / target / "matexport.json").read_text())
+        assert (manifest["target"], manifest["form"]) == (target, form)
+        assert matexport("verify", "-m", tmp_path / target, "--source", language).code == 0
+    result = matexport("onnx", "-m", language, "-o", tmp_path / "no", "--target", "portable", "--form", "custom")
     assert result.code == 2
     assert "cannot run form 'custom'" in result.stderr
-    assert matexport("onnx", "-m", language, "-o", tmp_path / "cpu", "--target", "cpu").code == 0
     result = matexport("trt", "-m", tmp_path / "cpu", "-o", tmp_path / "engine")
     assert result.code == 4
     assert "--target portable" in result.stderr

@@ -21,7 +21,7 @@ from support import DIGITS, content, matexport, vision_checkpoint
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trt") / "onnx"
-    mx.export_onnx(DIGITS, folder, slice="eighth")
+    mx.export_onnx(DIGITS, folder, slice="eighth", target="portable")
     return folder
 
 
@@ -52,7 +52,7 @@ def test_from_a_checkpoint_with_shapes_of_ones_own(tmp_path: Path) -> None:
 
 def test_several_chunks_build_too(tmp_path: Path) -> None:
     source = vision_checkpoint(tmp_path / "c", image_size=36, ngroups=2, n_layer=1)
-    mx.export_onnx(source, tmp_path / "onnx")
+    mx.export_onnx(source, tmp_path / "onnx", target="portable")
     mx.build_trt(tmp_path / "onnx", tmp_path / "rtx")
     assert (tmp_path / "rtx" / "model.engine").exists()
 

@@ -29,7 +29,7 @@ from matexport.targets import FORMS, TARGETS
 @slice_option
 @output_option
 @click.option(
-    "--target", default="portable", show_default=True, metavar="NAME",
+    "--target", default="cpu", show_default=True, metavar="NAME",
     help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind == 'onnx')}.",
 )  # fmt: skip
 @click.option("--form", type=click.Choice(FORMS), help="How the scan appears in the graph.  [the target's]")

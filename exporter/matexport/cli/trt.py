@@ -40,14 +40,14 @@ def command(
     model: str, table: str | None, row: str | None, output: Path, target: str, min_shapes: tuple[str, ...],
     opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], force: bool,
 ) -> None:  # fmt: skip
-    """Builds an engine from an ONNX folder, or from a checkpoint by way of ONNX.
+    """Builds an engine from a checkpoint, or from an ONNX folder (target portable).
 
     TensorRT-RTX (--target rtx) builds on any machine, without a GPU. A dynamic batch axis runs from 1 to
     64, best at 8, unless all three shapes of an input are given.
 
     \b
     Examples:
-      matexport trt -m half-onnx -o half-rtx
+      matexport trt -m half -o half-rtx
       matexport trt -m checkpoint -s half -o half-rtx --min-shapes pixel_values:1x3x8x8 \\
           --opt-shapes pixel_values:16x3x8x8 --max-shapes pixel_values:256x3x8x8
     """

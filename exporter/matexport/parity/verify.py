@@ -204,7 +204,7 @@ def _compare_outputs(kind: str, got: Outputs, want: Outputs, family: Family) -> 
 
 
 def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
-    from matexport.runtimes.ort import load_onnx, stored_weights
+    from matexport.runtimes.ort import kernels, load_onnx, stored_weights
 
     artefact, record = subject.artefact, subject.record
     file = artefact if artefact.is_file() else artefact / "model.onnx"
@@ -218,7 +218,10 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
             stored[name] = Stored(tensor, data, offset, transposed)
     target = target_named(subject.manifest.get("target", ""), "onnx")
     found = _prove(stored, subject.plan.cast(target.dtype).tensors, subject.source)
-    return found + _compare_outputs("onnx", load_onnx(file)(inputs), want, subject.family)
+    found += _compare_outputs("onnx", load_onnx(file)(inputs), want, subject.family)
+    if subject.manifest.get("form") == "custom" and kernels():
+        found += _compare_outputs("functions", load_onnx(file, library=False)(inputs), want, subject.family)
+    return found
 
 
 def _check_engine(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
