@@ -47,7 +47,7 @@ def test_restricting_a_view(data: st.DataObject, shape: tuple[int, int]) -> None
     start = data.draw(st.integers(0, view.shape[axis] - 1))
     stop = data.draw(st.integers(start + 1, view.shape[axis]))
     part = view.of(array)[start:stop] if axis == 0 else view.of(array)[:, start:stop]
-    assert np.array_equal(view.restrict(axis, start, stop).of(array), part)
+    assert np.array_equal(view.restrict(axis, (start, stop)).of(array), part)
 
 
 @pytest.mark.parametrize("axis", [((0, 5),), ((2, 2),), ((3, 2),), ((-1, 2),)])

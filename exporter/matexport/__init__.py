@@ -17,12 +17,22 @@ from typing import TYPE_CHECKING, Any
 from matexport.version import __version__
 
 if TYPE_CHECKING:
-    from matexport.api import PlannedSlice, build_trt, export_onnx, load_table, plan, slice, verify
+    from matexport.api import (
+        PlannedSlice,
+        build_trt,
+        export_bundle,
+        export_in_place,
+        export_onnx,
+        load_table,
+        plan,
+        slice,
+        verify,
+    )
     from matexport.errors import MatexportError
 
 __all__ = [
-    "MatexportError", "PlannedSlice", "__version__", "build_trt", "export_onnx", "load_table", "plan", "slice",
-    "verify",
+    "MatexportError", "PlannedSlice", "__version__", "build_trt", "export_bundle", "export_in_place", "export_onnx",
+    "load_table", "plan", "slice", "verify",
 ]  # fmt: skip
 
 

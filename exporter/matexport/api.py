@@ -175,10 +175,14 @@ def export_onnx(
     table: StrPath | Table | None = None,
     target: str = "cpu",
     form: str | None = None,
+    dtype: str | None = None,
     force: bool = False,
     progress: Progress = _silent,
 ) -> None:
     """Writes ONNX: a folder with `model.onnx`, or one file (and its weights beside it) if `output` ends in .onnx.
+
+    Args:
+        dtype: what weights are stored as, `float32` (the default), `float16` or `bfloat16`; computed is in float32.
 
     Raises:
         UsageError: the target cannot run the form, or the output cannot be used.
@@ -190,9 +194,51 @@ def export_onnx(
     if isinstance(model, PlannedSlice) and (slice is not None or table is not None):
         raise UsageError("a planned slice is one row already", fix="leave out slice and table")
     planned = model if isinstance(model, PlannedSlice) else plan(model, slice, table=table)
-    exported = planned.plan.cast(chosen.dtype)
+    exported = planned.plan.cast(dtype_named(dtype) or chosen.dtype)
     graph = planned.family.build_graph(exported, chosen.form)
     write_onnx(planned.checkpoint, exported, graph, Path(output), target=chosen, force=force, progress=progress)
+
+
+def export_in_place(
+    model: StrPath | PlannedSlice, *, target: str = "cpu", form: str | None = None, force: bool = False
+) -> Path:
+    """Puts `model.onnx` beside the weights of a standalone checkpoint, which it uses; returns its path.
+
+    Raises:
+        UsageError, CheckpointError: see `matexport.onnx.write_in_place`.
+    """
+    from matexport.onnx import write_in_place
+
+    chosen = target_named(target, "onnx", form)
+    planned = model if isinstance(model, PlannedSlice) else plan(model)
+    graph = planned.family.build_graph(planned.plan, chosen.form)
+    return write_in_place(planned.checkpoint, planned.plan, graph, target=chosen, force=force)
+
+
+def export_bundle(
+    planned: Sequence[PlannedSlice],
+    output: StrPath,
+    *,
+    target: str = "cpu",
+    form: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> dict[str, str]:
+    """Writes an elastic bundle of several rows of one checkpoint: one weights file, a graph a row.
+
+    Returns:
+        The file of each row, by its name.
+    Raises:
+        UsageError, CheckpointError: see `matexport.onnx.write_bundle`.
+    """
+    from matexport.onnx import write_bundle
+
+    chosen = target_named(target, "onnx", form)
+    plans = [each.plan.cast(dtype_named(dtype) or chosen.dtype) for each in planned]
+    family, checkpoint = planned[0].family, planned[0].checkpoint
+    rows = [(one, family.build_graph(one, chosen.form, elastic=True)) for one in plans]
+    return write_bundle(checkpoint, rows, Path(output), target=chosen, force=force, progress=progress)
 
 
 def build_trt(
@@ -242,4 +288,7 @@ def verify(
     return verify_artefact(Path(artefact), checkpoint, row=row, inputs=inputs, progress=progress)
 
 
-__all__ = ["PlannedSlice", "build_trt", "export_onnx", "load_table", "plan", "slice", "verify"]
+__all__ = [
+    "PlannedSlice", "build_trt", "export_bundle", "export_in_place", "export_onnx", "load_table", "plan", "slice",
+    "verify",
+]  # fmt: skip

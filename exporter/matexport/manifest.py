@@ -17,6 +17,7 @@ from matexport.planning import Plan, PlannedTensor, compose
 from matexport.version import __version__
 
 FILE = "matexport.json"
+BUNDLE = "onnx-bundle"  # the kind of an elastic bundle
 MAX_MANIFEST = 64 << 20
 
 
@@ -151,9 +152,19 @@ def file_problems(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
         else:
             found[name] = ""
     if artefact.is_dir():
-        known = {*manifest["files"], FILE}
+        known = {*manifest["files"], FILE, *_in_place(folder)}
         found |= {p.name: "is not one of the files that were written" for p in folder.iterdir() if p.name not in known}
     return found
+
+
+def _in_place(folder: Path) -> list[str]:
+    """A model that was put beside the weights of a checkpoint, and its manifest, which says so."""
+    model = folder / "model.onnx"
+    try:
+        found = read_manifest(model).get("in_place") is True
+    except InputError:
+        return []
+    return [model.name, manifest_path(model).name] if found else []
 
 
 def _differs(path: Path, sha256: object) -> bool:

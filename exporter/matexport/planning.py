@@ -59,14 +59,14 @@ class View:
                 array = np.take(array, index, axis)
         return array.reshape(self.shape)
 
-    def restrict(self, axis: int, start: int, stop: int) -> View:
-        """The part of this view from `start` to `stop` along `axis` of its result (result axes = view axes)."""
+    def restrict(self, axis: int, *chosen: tuple[int, int]) -> View:
+        """The ranges of indices `chosen` along `axis` of this view's result, in order (result axes = view axes)."""
         if self.taken != self.shape:
             raise ValueError(f"{self.source}: a reshaped result cannot be restricted by axis")
         axis %= len(self.shape)
         ranges = list(self.ranges)
-        ranges[axis] = _through(self.ranges[axis], ((start, stop),))
-        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        ranges[axis] = _through(self.ranges[axis], chosen)
+        shape = (*self.shape[:axis], sum(stop - start for start, stop in chosen), *self.shape[axis + 1 :])
         return replace(self, ranges=tuple(ranges), shape=shape)
 
 

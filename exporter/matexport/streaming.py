@@ -89,7 +89,7 @@ def stream_transposed(checkpoint: Checkpoint, view: View, *, block: int = 32 * B
     itemsize = numpy_dtype(checkpoint.tensors[view.source].dtype).itemsize
     step = max(1, block // (rows * itemsize))
     for start in range(0, columns, step):
-        strip = read(checkpoint, view.restrict(-1, start, min(columns, start + step)))
+        strip = read(checkpoint, view.restrict(-1, (start, min(columns, start + step))))
         yield np.ascontiguousarray(strip.reshape(rows, -1).T).reshape(-1)
 
 

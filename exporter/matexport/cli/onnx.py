@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,13 +13,12 @@ from matexport.cli.common import (
     hint,
     model_option,
     note,
-    output_option,
     pickle_option,
     progress_bar,
     say,
-    slice_option,
     table_option,
 )
+from matexport.errors import UsageError
 from matexport.targets import FORMS, TARGETS
 
 
@@ -26,38 +26,56 @@ from matexport.targets import FORMS, TARGETS
 @model_option
 @pickle_option
 @table_option
-@slice_option
-@output_option
+@click.option(
+    "-s", "--slice", "rows", metavar="NAME", multiple=True,
+    help="Row: its name, #3 for the third one, or a unique part of its name. Several give an elastic bundle.",
+)  # fmt: skip
+@click.option("-o", "--output", metavar="PATH", type=click.Path(path_type=Path), help="Where to write.")
+@click.option("--in-place", is_flag=True, help="Put model.onnx beside the checkpoint's own weights, and use them.")
 @click.option(
     "--target", default="cpu", show_default=True, metavar="NAME",
     help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind == 'onnx')}.",
 )  # fmt: skip
 @click.option("--form", type=click.Choice(FORMS), help="How the scan appears in the graph.  [the target's]")
+@click.option("--dtype", metavar="NAME", help="Store weights as float32, float16 or bfloat16.  [float32]")
 @force_option
 def command(
-    model: str,
-    allow_pickle: bool,
-    table: str | None,
-    row: str | None,
-    output: Path,
-    target: str,
-    form: str | None,
-    force: bool,
-) -> None:
+    model: str, allow_pickle: bool, table: str | None, rows: tuple[str, ...], output: Path | None, in_place: bool,
+    target: str, form: str | None, dtype: str | None, force: bool,
+) -> None:  # fmt: skip
     """Writes ONNX from a full checkpoint and a row, or from a sliced checkpoint.
 
     The output is a folder with model.onnx and its weights; a name that ends in .onnx gives that file
-    instead, with its weights beside it.
+    instead, with its weights beside it. Several rows share one weights file, with a graph for each:
+    an elastic bundle. Computed is in float32, whatever weights are stored as.
 
     \b
     Examples:
       matexport onnx -m checkpoint -s half -o half-onnx
       matexport onnx -m half -o half.onnx --form stock
+      matexport onnx -m half --in-place
+      matexport onnx -m checkpoint -s full -s half -s quarter -o elastic
     """
-    planned = api.plan(model, row, table=table, allow_pickle=allow_pickle)
-    for text in planned.plan.notes:
+    if in_place and (rows or output or dtype):
+        raise UsageError("--in-place takes a checkpoint as it is", fix="leave out -s, -o and --dtype; slice it first")
+    if not in_place and output is None:
+        raise UsageError("there is no output", fix="name it with -o, or use the checkpoint's own weights: --in-place")
+    planned = [api.plan(model, row, table=table, allow_pickle=allow_pickle) for row in rows or (None,)]
+    for text in dict.fromkeys(text for each in planned for text in each.plan.notes):
         note(text)
-    with progress_bar("writing", planned.plan.nbytes) as progress:
-        api.export_onnx(planned, output, target=target, form=form, force=force, progress=progress)
-    say(f"{output}: {planned.plan.name}, {planned.plan.parameters:,} parameters, target {target}")
+    first = planned[0].plan
+    if in_place:
+        written = api.export_in_place(planned[0], target=target, form=form, force=force)
+        say(f"{written}: {first.name}, {first.parameters:,} parameters, target {target}")
+        hint("verify", "-m", written, "--source", model)
+        return
+    assert output is not None
+    with progress_bar("writing", max(each.plan.nbytes for each in planned)) as progress:
+        options: dict[str, Any] = {"target": target, "form": form, "dtype": dtype, "force": force, "progress": progress}
+        if len(planned) == 1:
+            api.export_onnx(planned[0], output, **options)
+            say(f"{output}: {first.name}, {first.parameters:,} parameters, target {target}")
+        else:
+            for name, file in api.export_bundle(planned, output, **options).items():
+                say(f"{output / file}: {name}, target {target}")
     hint("verify", "-m", output, "--source", model)

@@ -62,8 +62,11 @@ class Family(Protocol):
     def repair(self, checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
         """The checkpoint without that damage; `row` is what it was cut with. Raises CheckpointError, UsageError."""
 
-    def build_graph(self, plan: Plan, form: str) -> Graph:
-        """The ONNX graph of a planned slice; `form` is how its own ops appear (see `matexport.targets`)."""
+    def build_graph(self, plan: Plan, form: str, *, elastic: bool = False) -> Graph:
+        """The ONNX graph of a planned slice; `form` is how its own ops appear (see `matexport.targets`).
+
+        With `elastic`, every weight of a narrower slice is a range of the bytes of the wider one's.
+        """
 
     def sample_inputs(self, config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:
         """Random inputs by name, `count` along the batch axis."""

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from matexport.planning import PlannedTensor
+from matexport.tensors import FLOATS
 
 OPSET, IR_VERSION = 21, 10  # the newest that onnxruntime 1.20 loads
 
@@ -37,16 +38,18 @@ class Weight:
 class Graph:
     """An ONNX graph that is being written down. Values are onnx-ir's; nothing here holds a weight.
 
-    Names follow `/scope/scope/Op`; the outputs of a node are named after it.
+    Names follow `/scope/scope/Op`; the outputs of a node are named after it. What is computed is computed in `dtype`:
+    a weight that is stored in another float type is cast where it is first used.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, dtype: str = "F32"):
+        self.name, self.dtype = name, dtype
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
         self.weights: dict[str, Weight] = {}
         self.functions: list[ir.Function] = []  # what ops are where they have no kernel; callee first
+        self._ready: dict[str, ir.Value] = {}  # weights as they are used
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._scope: list[str] = []
         self._used: Counter[str] = Counter()
@@ -71,12 +74,16 @@ class Graph:
         self.outputs.append(value)
 
     def weight(self, name: str, tensor: PlannedTensor, *, transposed: bool = False) -> ir.Value:
-        """A weight by its name in the slice. Asking twice for the same one gives the same value."""
+        """A weight by its name. Asking twice for the same one gives the same value."""
         if name not in self.weights:
             value = ir.Value(name=name, type=ir.TensorType(DTYPES[tensor.dtype]))
             self.weights[name] = Weight(value, tensor, transposed)
             value.shape = ir.Shape(self.weights[name].shape)
-        return self.weights[name].value
+            self._ready[name] = value
+            if tensor.dtype in FLOATS and tensor.dtype != self.dtype:
+                cast = self._ready[name] = self.op("Cast", value, to=int(DTYPES[self.dtype]))
+                cast.shape, cast.type = value.shape, ir.TensorType(DTYPES[self.dtype])
+        return self._ready[name]
 
     def constant(self, array: Any, dtype: str = "I64") -> ir.Value:
         """A small constant, kept in the graph itself; equal ones are one."""

@@ -1,29 +1,37 @@
-"""An ONNX folder: `model.onnx`, its weights streamed into one file beside it, config, manifest."""
+"""ONNX folders: `model.onnx`, its weights streamed into one file beside it, config, manifest.
+
+Also one file instead of a folder; a graph put beside the checkpoint whose weights it uses; and the elastic bundle, one
+weights file with a graph for every row.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from matexport.checkpoint import Checkpoint
-from matexport.errors import UsageError
-from matexport.graph.builder import DTYPES, Graph, Weight
-from matexport.manifest import FILE, describe_slice, json_bytes, manifest_bytes
-from matexport.planning import Plan
+from matexport.errors import CheckpointError, UsageError
+from matexport.graph.builder import DTYPES, Graph
+from matexport.manifest import BUNDLE, FILE, describe_slice, describe_source, json_bytes, manifest_bytes
+from matexport.onnx.weights import Layout, lay_out, weight_blocks
+from matexport.planning import Plan, whole
 from matexport.staging import check_space, staged_folder
-from matexport.streaming import Pool, stream, stream_transposed
 from matexport.targets import Target
-from matexport.tensors import numpy_dtype
 from matexport.version import __version__
-from matexport.writer import AHEAD, COMPANIONS, Files, Progress, companions, write_blocks
+from matexport.writer import COMPANIONS, Files, Progress, companions, write_blocks
 
-ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 16  # large weights start on a page, so that they can be mapped
+MODEL = "model.onnx"
+Places = Mapping[str, tuple[str, int]]  # weight -> the file beside the model, and the offset in it
+
+
+def _silent(count: int) -> None:
+    """Progress that nobody sees."""
 
 
 def write_onnx(
@@ -34,7 +42,7 @@ def write_onnx(
     *,
     target: Target,
     force: bool = False,
-    progress: Progress = lambda n: None,
+    progress: Progress = _silent,
 ) -> None:
     """Writes the graph of a planned slice; weights go from the checkpoint to the file in blocks.
 
@@ -45,56 +53,145 @@ def write_onnx(
         UsageError, OutputError: see `staged_folder`.
         CheckpointError: the source ends early or changed during the run.
     """
+    layout = lay_out([graph])
     if output.suffix != ".onnx":
         with staged_folder(output, force=force, inputs=[checkpoint.path]) as folder:
-            written = _write_model(checkpoint, plan, graph, folder, "model.onnx", progress)
-            put(folder, written, "config.json", json_bytes({k: v for k, v in plan.config.items() if k != "auto_map"}))
+            written = _write_weights(checkpoint, [plan], layout, folder, f"{MODEL}_data", progress)
+            places = _places(layout.offsets[0], f"{MODEL}_data")
+            put(folder, written, MODEL, _model(graph, plan, places, folder))
+            put(folder, written, "config.json", _config(plan))
             for path in companions(checkpoint.path):
                 put(folder, written, path.name, path.read_bytes())
             put(folder, written, FILE, manifest_bytes(_manifest(checkpoint, plan, graph, target, written)))
         return
-    names = (f"{output.name}_data", f"{output.name}.json", output.name)  # in the order of publishing: the model last
-    for path in map(output.with_name, names):
-        if path.is_dir() or (path.exists() and not force):
-            fix = "name another file" if path.is_dir() else "name another file, or replace it with --force"
-            raise UsageError("output exists", where=str(path), fix=fix)
+    data = f"{output.name}_data"
+    _refuse_existing(output, (data, f"{output.name}.json", output.name), force)
     aside = output.with_name(f".{output.name}.files")
-    shutil.rmtree(aside, ignore_errors=True)
-    with staged_folder(aside, inputs=[checkpoint.path]) as folder:
-        written = _write_model(checkpoint, plan, graph, folder, output.name, progress)
+    with _aside(aside, [checkpoint.path]) as folder:
+        written = _write_weights(checkpoint, [plan], layout, folder, data, progress)
+        put(folder, written, output.name, _model(graph, plan, _places(layout.offsets[0], data), folder))
         put(folder, written, f"{output.name}.json", manifest_bytes(_manifest(checkpoint, plan, graph, target, written)))
-    output.unlink(missing_ok=True)
-    for name in names:
-        (aside / name).replace(output.with_name(name))
-    aside.rmdir()
+    _publish_files(aside, output, (data, f"{output.name}.json", output.name))
 
 
-def _write_model(
-    checkpoint: Checkpoint, plan: Plan, graph: Graph, folder: Path, name: str, progress: Progress
-) -> Files:
-    """Writes the model file `name` and its weights; returns what was written."""
-    offsets, size = _place(graph)
+def write_in_place(checkpoint: Checkpoint, plan: Plan, graph: Graph, *, target: Target, force: bool = False) -> Path:
+    """Puts `model.onnx` and its manifest beside the checkpoint's own weights, which it uses; returns its path.
+
+    Raises:
+        UsageError: the plan is not the whole checkpoint as it is, or `model.onnx` is there (without `force`).
+        CheckpointError: the weights are not in safetensors files.
+    """
+    output = checkpoint.path / MODEL
+    places = {}
+    for name, weight in graph.weights.items():
+        tensor = checkpoint.tensors[weight.tensor.view.source]
+        if (
+            weight.transposed
+            or weight.tensor.dtype != tensor.dtype
+            or weight.tensor.view.ranges != whole(tensor).ranges
+        ):
+            fix = "write the slice first, then run this on the slice: matexport slice"
+            raise UsageError("--in-place uses whole tensors as they are stored", where=name, fix=fix)
+        if tensor.file.suffix != ".safetensors":
+            fix = "leave out --in-place, or slice it first: matexport slice -s full"
+            raise CheckpointError("onnxruntime cannot read weights in a pickle", where=str(tensor.file), fix=fix)
+        places[name] = (tensor.file.name, tensor.start)
+    _refuse_existing(output, (f"{MODEL}.json", MODEL), force)
     checkpoint.check_unchanged()
-    check_space(folder, size)
-    checkpoint.fetch((tensor.view.source for tensor in plan.tensors.values()), COMPANIONS)
-    data = f"{name}_data"
-    weights = list(graph.weights.values())
-    written = {data: write_blocks(folder / data, _weight_blocks(checkpoint, weights, offsets), progress)}
-    for weight in weights:
+    aside = output.with_name(f".{MODEL}.files")
+    written: Files = {}
+    with _aside(aside, []) as folder:
+        put(folder, written, MODEL, _model(graph, plan, places, checkpoint.path))
+        manifest = {**_manifest(checkpoint, plan, graph, target, written), "in_place": True}
+        put(folder, written, f"{MODEL}.json", manifest_bytes(manifest))
+    _publish_files(aside, output, (f"{MODEL}.json", MODEL))
+    return output
+
+
+def write_bundle(
+    checkpoint: Checkpoint,
+    rows: Sequence[tuple[Plan, Graph]],
+    output: Path,
+    *,
+    target: Target,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> dict[str, str]:
+    """Writes one weights file and a graph for each row, whose weights are ranges of it; returns files by row.
+
+    Each `ROW.onnx` has `ROW.onnx.json`, its manifest, and `ROW.config.json` beside it.
+
+    Raises:
+        UsageError: two rows would have the same file name; or see `staged_folder`.
+        CheckpointError: see `write_onnx`.
+    """
+    data, names = f"{MODEL}_data", [slug(plan.name) for plan, _ in rows]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            first = rows[names.index(name)][0].name
+            what = f"rows {first!r} and {rows[i][0].name!r} would both be {name}.onnx"
+            raise UsageError(what, where=str(output), fix="rename one of them in the table")
+    layout = lay_out([graph for _, graph in rows])
+    with staged_folder(output, force=force, inputs=[checkpoint.path]) as folder:
+        written = _write_weights(checkpoint, [plan for plan, _ in rows], layout, folder, data, progress)
+        for name, (plan, graph), offsets in zip(names, rows, layout.offsets, strict=True):
+            own: Files = {}
+            put(folder, own, f"{name}.onnx", _model(graph, plan, _places(offsets, data), folder))
+            put(folder, own, f"{name}.config.json", _config(plan))
+            manifest = {**_manifest(checkpoint, plan, graph, target, own), "elastic": True}
+            put(folder, own, f"{name}.onnx.json", manifest_bytes(manifest))
+            written |= own
+        for path in companions(checkpoint.path):
+            put(folder, written, path.name, path.read_bytes())
+        found = {plan.name: f"{name}.onnx" for name, (plan, _) in zip(names, rows, strict=True)}
+        manifest = {
+            "kind": BUNDLE,
+            "matexport": __version__,
+            "family": rows[0][0].family,
+            "source": describe_source(checkpoint),
+            "rows": found,
+            "files": dict(sorted(written.items())),
+        }
+        put(folder, written, FILE, manifest_bytes(manifest))
+    return found
+
+
+def slug(name: str) -> str:
+    """A row's name as the name of a file."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.casefold()).strip("-.") or "row"
+
+
+# ---------------------------------------------------------------------------------------------- parts
+def _write_weights(
+    checkpoint: Checkpoint, plans: Sequence[Plan], layout: Layout, folder: Path, name: str, progress: Progress
+) -> Files:
+    checkpoint.check_unchanged()
+    check_space(folder, layout.size)
+    checkpoint.fetch({tensor.view.source for plan in plans for tensor in plan.tensors.values()}, COMPANIONS)
+    written = {name: write_blocks(folder / name, weight_blocks(checkpoint, layout), progress)}
+    checkpoint.check_unchanged()
+    return written
+
+
+def _places(offsets: Mapping[str, int], file: str) -> Places:
+    return {name: (file, offset) for name, offset in offsets.items()}
+
+
+def _model(graph: Graph, plan: Plan, places: Places, folder: Path) -> bytes:
+    """The model file; `folder` is where the files with its weights are while it is made."""
+    for name, weight in graph.weights.items():
+        file, offset = places[name]
+        tensor = weight.tensor
         weight.value.const_value = ir.ExternalTensor(
-            data,
-            offsets[str(weight.value.name)],
-            weight.tensor.nbytes,
-            DTYPES[weight.tensor.dtype],
-            shape=ir.Shape(weight.shape),
-            name=str(weight.value.name),
-            base_dir=folder,
+            file, offset, tensor.nbytes, DTYPES[tensor.dtype], shape=ir.Shape(weight.shape), name=name, base_dir=folder
         )
     model = graph.to_model(producer_version=__version__, metadata={"matexport.slice": plan.name})
     model = ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True)(model).model
-    put(folder, written, name, ir.to_proto(model).SerializeToString(deterministic=True))
-    checkpoint.check_unchanged()
-    return written
+    return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def _config(plan: Plan) -> bytes:
+    return json_bytes({key: value for key, value in plan.config.items() if key != "auto_map"})
 
 
 def _manifest(checkpoint: Checkpoint, plan: Plan, graph: Graph, target: Target, written: Files) -> dict[str, Any]:
@@ -114,24 +211,22 @@ def put(folder: Path, written: Files, name: str, data: bytes) -> None:
     written[name] = write_blocks(folder / name, [data])
 
 
-def _place(graph: Graph) -> tuple[dict[str, int], int]:
-    """The offset of every weight in the weights file, and the file's size."""
-    offsets: dict[str, int] = {}
-    end = 0
-    for name, weight in graph.weights.items():
-        align = ALIGN_LARGE if weight.tensor.nbytes >= LARGE else ALIGN
-        offsets[name] = -(-end // align) * align
-        end = offsets[name] + weight.tensor.nbytes
-    return offsets, end
+# ----------------------------------------------------------------------- files in a folder of others
+def _refuse_existing(output: Path, names: Sequence[str], force: bool) -> None:
+    for path in map(output.with_name, names):
+        if path.is_dir() or (path.exists() and not force):
+            fix = "name another file" if path.is_dir() else "name another file, or replace it with --force"
+            raise UsageError("output exists", where=str(path), fix=fix)
 
 
-def _weight_blocks(checkpoint: Checkpoint, weights: list[Weight], offsets: dict[str, int]) -> Iterator[Any]:
-    position, pool = 0, Pool(AHEAD + 1)
-    for weight in weights:
-        offset = offsets[str(weight.value.name)]
-        if offset > position:
-            yield bytes(offset - position)
-        view, dtype = weight.tensor.view, numpy_dtype(weight.tensor.dtype)
-        for block in stream_transposed(checkpoint, view) if weight.transposed else stream(checkpoint, view, pool=pool):
-            yield block.astype(dtype, copy=False).view(np.uint8)
-        position = offset + weight.tensor.nbytes
+def _aside(aside: Path, inputs: Sequence[Path]) -> Any:
+    shutil.rmtree(aside, ignore_errors=True)
+    return staged_folder(aside, inputs=inputs)
+
+
+def _publish_files(aside: Path, output: Path, names: Sequence[str]) -> None:
+    """Moves files to their place, in order, the model last; an older model goes first: it must not meet new weights."""
+    output.unlink(missing_ok=True)
+    for name in names:
+        (aside / name).replace(output.with_name(name))
+    aside.rmdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
 from matexport.families import Family, family_of, with_options
-from matexport.manifest import describe_source, kept_tensors, manifest_path, read_manifest
+from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
 from matexport.parity.comparison import TOLERANCES, Comparison, compare
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
 from matexport.parity.report import Report
@@ -49,6 +49,8 @@ def verify_artefact(
     """
     family = family_of(source)
     manifest = _manifest(artefact, row)
+    if manifest["kind"] == BUNDLE:
+        return _verify_bundle(artefact, manifest, source, inputs, progress)
     record = _record(manifest, source, row)
     plan = family.plan_slice(source, row or _row_of(manifest, record, family, artefact), None)
     plan = with_options(plan, family, *_options_of(record, artefact))
@@ -71,6 +73,26 @@ def verify_artefact(
             raise
         found = [Comparison(artefact.name, kind, False, 0.0, detail=f"{Path(e.where).name} cannot be read: {e.what}")]
     return Report(artefact.name, source.name, plan.name, (*found, *files))
+
+
+def _verify_bundle(
+    artefact: Path,
+    manifest: dict[str, Any],
+    source: Checkpoint,
+    inputs: Mapping[str, np.ndarray] | None,
+    progress: Callable[[str], None],
+) -> Report:
+    """Every row of an elastic bundle as an ONNX file of its own, then all files."""
+    rows = manifest.get("rows")
+    files = rows if isinstance(rows, dict) else {}
+    if not files or not all(isinstance(f, str) and Path(f).name == f and f.endswith(".onnx") for f in files.values()):
+        raise InputError("manifest names no rows", where=str(artefact), fix="write the bundle again")
+    found: list[Comparison] = []
+    for name, file in files.items():
+        progress(f"row {name!r}")
+        report = verify_artefact(artefact / file, source, inputs=inputs, progress=progress)
+        found += [replace(c, name=f"{file}: {c.name}") for c in report.comparisons]
+    return Report(artefact.name, source.name, ", ".join(files), (*found, *prove_files(artefact, manifest)))
 
 
 def _checked(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -209,15 +231,16 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     artefact, record = subject.artefact, subject.record
     file = artefact if artefact.is_file() else artefact / "model.onnx"
     weights = kept_tensors(subject.manifest, "weights", str(artefact))
-    views = kept_tensors(record, "tensors", str(artefact)) if record is not subject.manifest else weights
+    target = target_named(str(subject.manifest.get("target")), "onnx", str(subject.manifest.get("form")))
+    elastic = subject.manifest.get("elastic") is True
+    planned = subject.family.build_graph(subject.plan, target.form, elastic=elastic).weights
     stored = {}
     for name, (data, offset) in stored_weights(file).items():
-        if name in weights and name in views:
-            transposed = bool(subject.manifest["weights"][name].get("transposed"))
-            tensor = PlannedTensor(weights[name].dtype, views[name].view)
-            stored[name] = Stored(tensor, data, offset, transposed)
-    target = target_named(subject.manifest.get("target", ""), "onnx")
-    found = _prove(stored, subject.plan.cast(target.dtype).tensors, subject.source)
+        if name in weights and name in planned:
+            # what is recorded relative to another source says nothing about this one; its bytes do
+            view = planned[name].tensor.view if record is not subject.manifest else weights[name].view
+            stored[name] = Stored(PlannedTensor(weights[name].dtype, view), data, offset, planned[name].transposed)
+    found = _prove(stored, {name: weight.tensor for name, weight in planned.items()}, subject.source)
     found += _compare_outputs("onnx", load_onnx(file)(inputs), want, subject.family)
     if subject.manifest.get("form") == "custom" and kernels():
         found += _compare_outputs("functions", load_onnx(file, library=False)(inputs), want, subject.family)

@@ -87,7 +87,7 @@ def _decode(
 
 
 def stored_weights(file: Path) -> dict[str, tuple[Path, int]]:
-    """Where the external weights of a model lie: file and offset by name, in the model's own data file only.
+    """Where the external weights of a model lie: file and offset by name, in files of the model's own folder only.
 
     Raises:
         InputError: the model cannot be read.
@@ -101,7 +101,7 @@ def stored_weights(file: Path) -> dict[str, tuple[Path, int]]:
     found = {}
     for initializer in initializers:
         place = {entry.key: entry.value for entry in initializer.external_data}
-        data = f"{file.name}_data"
-        if place.get("location") == data and place.get("offset", "0").isdecimal() and (file.parent / data).is_file():
-            found[initializer.name] = (file.parent / data, int(place.get("offset", "0")))
+        data, offset = place.get("location", ""), place.get("offset", "0")
+        if data and Path(data).name == data and offset.isdecimal() and (file.parent / data).is_file():
+            found[initializer.name] = (file.parent / data, int(offset))
     return found

@@ -13,16 +13,16 @@ from matexport.planning import Plan
 STATES = ("conv_state", "recurrent_state")  # onnxruntime-genai's names
 
 
-def vision_graph(plan: Plan, form: str) -> Graph:
+def vision_graph(plan: Plan, form: str, *, elastic: bool = False) -> Graph:
     """`pixel_values` (batch, 3, s, s) -> `logits` (batch, classes), from the config and shapes of a plan."""
     config = plan.config
     d, patch, size = config["d_model"], config["patch_size"], config["image_size"]
     patches = (size // patch) ** 2
     g = Graph("matmamba_vision")
-    blocks = Blocks(g, plan, form, prefix=PREFIXES["vision"], length=patches + 1, masked=False)
-    weight, dtype = blocks.weight, blocks.dtype
+    blocks = Blocks(g, plan, form, prefix=PREFIXES["vision"], length=patches + 1, masked=False, elastic=elastic)
+    weight = blocks.weight
 
-    pixels = g.input("pixel_values", dtype, ["batch", 3, size, size])
+    pixels = g.input("pixel_values", g.dtype, ["batch", 3, size, size])
     with g.scope("patch_embed"):
         proj = weight("patch_embed.proj.weight"), weight("patch_embed.proj.bias")
         x = g.op("Conv", pixels, *proj, kernel_shape=[patch, patch], strides=[patch, patch])
@@ -44,18 +44,18 @@ def vision_graph(plan: Plan, form: str) -> Graph:
         x = g.op("ReduceMean", x, g.constant([1]), keepdims=0)
     with g.scope("head"):
         logits = g.op("Gemm", x, weight("head.weight"), weight("head.bias"), transB=1)
-    g.output(logits, "logits", dtype, ["batch", config["n_classes"]])
+    g.output(logits, "logits", g.dtype, ["batch", config["n_classes"]])
     return g
 
 
-def language_graph(plan: Plan, form: str) -> Graph:
+def language_graph(plan: Plan, form: str, *, elastic: bool = False) -> Graph:
     """`input_ids` (batch, sequence), `attention_mask` (batch, total) and two states a layer -> `logits` and new states.
 
     One graph for prefill, continuation and decoding. The mask covers all tokens so far, of which the last `sequence`
     count; a step with 0, at either side, leaves the states exactly as they were. States start as zeros.
     """
     g, prefix = Graph("matmamba_lm"), PREFIXES["lm"]
-    blocks = Blocks(g, plan, form, prefix=prefix, length=None, masked=True)
+    blocks = Blocks(g, plan, form, prefix=prefix, length=None, masked=True, elastic=elastic)
     rows, d = plan.tensors[EMBEDDINGS[1]].shape
 
     ids = g.input("input_ids", "I64", ["batch", "sequence"])
@@ -70,7 +70,7 @@ def language_graph(plan: Plan, form: str) -> Graph:
     for i in range(plan.config["n_layer"]):
         shapes: list[list[int | str]] = [["batch", *shape] for shape in blocks.state_shapes(i)]
         named = list(zip(STATES, shapes, strict=True))
-        conv, scan = (g.input(f"past_key_values.{i}.{name}", blocks.dtype, shape) for name, shape in named)
+        conv, scan = (g.input(f"past_key_values.{i}.{name}", g.dtype, shape) for name, shape in named)
         with g.scope(f"layers.{i}"):
             with g.scope("mixer"):
                 y, states = blocks.mixer(blocks.norm(x, f"{prefix}layers.{i}.norm"), i, States(conv, scan), mask)
@@ -81,7 +81,7 @@ def language_graph(plan: Plan, form: str) -> Graph:
         x = g.op("Reshape", blocks.norm(x, f"{prefix}norm_f"), g.constant([-1, d]))
         logits = g.op("Gemm", x, blocks.weight(HEAD if HEAD in plan.tensors else EMBEDDINGS[1]), transB=1)
         logits = g.op("Reshape", logits, g.op("Concat", g.op("Shape", ids), g.constant([rows]), axis=0))
-    g.output(logits, "logits", blocks.dtype, ["batch", "sequence", rows])
+    g.output(logits, "logits", g.dtype, ["batch", "sequence", rows])
     for value, name, shape in present:
-        g.output(value, name, blocks.dtype, shape)
+        g.output(value, name, g.dtype, shape)
     return g

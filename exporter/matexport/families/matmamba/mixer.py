@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -25,10 +26,15 @@ class Blocks:
     Args:
         length: the number of tokens where it is fixed and there are no states: form `stock` then scans by chunks.
         masked: whether steps may be masked.
+        elastic: whether every weight of a narrower slice is a range of the wider one's bytes. The projection in then
+            comes in parts; heads are the outermost axis of each, so B and C stand before x.
     """
 
-    def __init__(self, g: Graph, plan: Plan, form: str, *, prefix: str, length: int | None, masked: bool):
+    def __init__(
+        self, g: Graph, plan: Plan, form: str, *, prefix: str, length: int | None, masked: bool, elastic: bool = False
+    ):
         self.g, self.tensors, self.form, self.prefix, self.length = g, plan.tensors, form, prefix, length
+        self.elastic = elastic
         ssm = plan.config.get("ssm_cfg") or {}
         self.groups: int = ssm.get("ngroups", 1)
         low, high = ssm.get("dt_limit", (0.0, math.inf))
@@ -36,12 +42,24 @@ class Blocks:
         self.epsilon: float = plan.config.get("norm_epsilon", 1e-5)
         self.rms_norm: bool = plan.config.get("rms_norm", prefix != "")
         self.kernel = self.tensors[f"{prefix}layers.0.mixer.conv1d.weight"].shape[2]
-        self.dtype = self.tensors[f"{prefix}norm_f.weight"].dtype
         if length is None or form != "stock":
             g.functions = stateful.functions(form, kernel=self.kernel, masked=masked, dt_limit=self.dt_limit)
 
-    def weight(self, name: str, *, transposed: bool = False) -> ir.Value:
-        return self.g.weight(name, self.tensors[name], transposed=transposed)
+    def weight(self, name: str) -> ir.Value:
+        return self.g.weight(name, self.tensors[name])
+
+    def rows(self, name: str, part: str, *ranges: tuple[int, int]) -> ir.Value:
+        """Ranges of the rows of a weight, in order, as a weight of its own."""
+        tensor = self.tensors[name]
+        return self.g.weight(f"{name}.{part}", replace(tensor, view=tensor.view.restrict(0, *ranges)))
+
+    def linear(self, x: ir.Value, *weights: ir.Value) -> list[ir.Value]:
+        """x (b, T, k) times each weight (n, k), as checkpoints store them -> (b, T, n)."""
+        g = self.g
+        steps = g.op("Shape", x, start=0, end=2)
+        flat = g.op("Reshape", x, g.constant([-1, _sizes(weights[0])[1]]))
+        products = [(g.op("Gemm", flat, weight, transB=1), _sizes(weight)[0]) for weight in weights]
+        return [g.op("Reshape", y, g.op("Concat", steps, g.constant([n]), axis=0)) for y, n in products]
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """The norm over the residual stream that the model has."""
@@ -53,7 +71,7 @@ class Blocks:
     def _rms(self, x: ir.Value, eps: float) -> ir.Value:
         g = self.g
         mean = g.op("ReduceMean", g.op("Mul", x, x), g.constant([-1]), keepdims=1)
-        return g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.constant(eps, self.dtype))))
+        return g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.constant(eps, g.dtype))))
 
     def state_shapes(self, layer: int) -> tuple[list[int], list[int]]:
         """Of one layer's `States`, without the batch."""
@@ -74,17 +92,19 @@ class Blocks:
         chunked = self.form == "stock" and self.length is not None
         if states is None and not chunked:
             states = self._zeros(u, layer)
-        zxbcdt = g.op("MatMul", u, self.weight(f"{name}.in_proj.weight", transposed=True))
-        z, xbc, dt = g.ops("Split", zxbcdt, g.constant([w, channels, heads]), axis=-1, outputs=3)
+        z, xbc, dt = self._project(u, f"{name}.in_proj.weight", w, channels, heads)
         with g.scope("conv1d"):
-            conv = self.weight(f"{name}.conv1d.weight"), self.weight(f"{name}.conv1d.bias")
+            conv = self._channels(f"{name}.conv1d.weight", w), self._channels(f"{name}.conv1d.bias", w)
             if states is None:
                 xbc = mamba2.causal_conv1d(g, xbc, *conv, channels=channels, kernel=self.kernel)
             else:
                 xbc, conv_state = stateful.causal_conv1d(
                     g, self.form, xbc, *conv, states.conv, mask, kernel=self.kernel
                 )
-        x, B, C = g.ops("Split", xbc, g.constant([w, gn, gn]), axis=-1, outputs=3)
+        if self.elastic:
+            B, C, x = g.ops("Split", xbc, g.constant([gn, gn, w]), axis=-1, outputs=3)
+        else:
+            x, B, C = g.ops("Split", xbc, g.constant([w, gn, gn]), axis=-1, outputs=3)
         with g.scope("scan"):
             A = g.op("Neg", g.op("Exp", self.weight(f"{name}.A_log")))
             D, dt_bias = self.weight(f"{name}.D"), self.weight(f"{name}.dt_bias")
@@ -103,13 +123,36 @@ class Blocks:
             if groups > 1:
                 y = g.op("Reshape", y, g.constant([0, 0, w]))
             y = g.op("Mul", y, self.weight(f"{name}.norm.weight"))
-        y = g.op("MatMul", y, self.weight(f"{name}.out_proj.weight", transposed=True))
+        out = f"{name}.out_proj.weight"
+        if self.elastic:
+            y = g.op("MatMul", y, g.weight(out, self.tensors[out], transposed=True))
+        else:
+            (y,) = self.linear(y, self.weight(out))
         return y, None if states is None else States(conv_state, scan_state)
+
+    def _project(
+        self, u: ir.Value, name: str, w: int, channels: int, heads: int
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """z (b, T, w), the convolution's input (b, T, channels), dt (b, T, heads)."""
+        z, x, bc, dt = (0, w), (w, 2 * w), (2 * w, w + channels), (w + channels, w + channels + heads)
+        if self.elastic:
+            parts = self.rows(name, "z", z), self.rows(name, "bcx", bc, x), self.rows(name, "dt", dt)
+            first, second, third = self.linear(u, *parts)
+        else:
+            (zxbcdt,) = self.linear(u, self.weight(name))
+            sizes = self.g.constant([w, channels, heads])
+            first, second, third = self.g.ops("Split", zxbcdt, sizes, axis=-1, outputs=3)
+        return first, second, third
+
+    def _channels(self, name: str, w: int) -> ir.Value:
+        """A weight of the convolution, its channels in the order of its input."""
+        channels = self.tensors[name].shape[0]
+        return self.rows(name, "bcx", (w, channels), (0, w)) if self.elastic else self.weight(name)
 
     def _zeros(self, u: ir.Value, layer: int) -> States:
         batch = self.g.op("Shape", u, start=0, end=1)
         shapes = (self.g.op("Concat", batch, self.g.constant(s), axis=0) for s in self.state_shapes(layer))
-        conv, scan = (self.g.op("Expand", self.g.constant(0.0, "F32"), shape) for shape in shapes)
+        conv, scan = (self.g.op("Expand", self.g.constant(0.0, self.g.dtype), shape) for shape in shapes)
         return States(conv, scan)
 
     def _chunked_scan(
@@ -119,9 +162,16 @@ class Blocks:
         g = self.g
         dt = g.op("Softplus", g.op("Add", dt, dt_bias))
         if self.dt_limit != (0.0, math.inf):
-            dt = g.op("Clip", dt, *(g.constant(bound, self.dtype) for bound in self.dt_limit))
+            dt = g.op("Clip", dt, *(g.constant(bound, g.dtype) for bound in self.dt_limit))
         assert self.length is not None
         return mamba2.scan(
             g, x, dt, A, B, C, D,
             length=self.length, heads=heads, head_dim=head_dim, groups=self.groups, state=state,
         )  # fmt: skip
+
+
+def _sizes(weight: ir.Value) -> tuple[int, int]:
+    """Rows and columns of a matrix."""
+    assert weight.shape is not None
+    rows, columns = weight.shape.numpy()
+    return rows, columns

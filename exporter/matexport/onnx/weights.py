@@ -1,0 +1,99 @@
+"""Where the weights of ONNX graphs lie in a file, and their bytes."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from matexport.checkpoint import Checkpoint
+from matexport.graph.builder import Graph, Weight
+from matexport.planning import Ranges
+from matexport.streaming import Pool, stream, stream_transposed
+from matexport.tensors import numpy_dtype
+from matexport.writer import AHEAD
+
+ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 16  # large weights start on a page, so that they can be mapped
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One file for the weights of some graphs.
+
+    Attributes:
+        stored: what the file holds and at which offset, in order.
+        offsets: for each graph, where each weight starts, by name.
+        size: bytes of the file.
+    """
+
+    stored: tuple[tuple[Weight, int], ...]
+    offsets: tuple[dict[str, int], ...]
+    size: int
+
+
+def lay_out(graphs: Sequence[Graph]) -> Layout:
+    """Places every weight once: what is a range of another one's bytes is that range."""
+    alike = defaultdict(list)  # same source, same orientation
+    for graph in graphs:
+        for weight in graph.weights.values():
+            view = weight.tensor.view
+            alike[view.source, view.view_shape, weight.tensor.dtype, weight.transposed].append(weight)
+    inside: dict[int, tuple[Weight, int]] = {}  # id of a weight -> the stored one that holds it, bytes from its start
+    for group in alike.values():
+        kept: list[Weight] = []
+        for weight in sorted(group, key=lambda weight: -weight.tensor.nbytes):
+            found = ((large, offset_in(weight, large)) for large in kept)
+            large, offset = next(((w, n) for w, n in found if n is not None), (weight, 0))
+            inside[id(weight)] = large, offset
+            if large is weight:
+                kept.append(weight)
+    stored: dict[int, tuple[Weight, int]] = {}
+    offsets, end = [], 0
+    for graph in graphs:
+        own = {}
+        for name, weight in graph.weights.items():
+            large, offset = inside[id(weight)]
+            if id(large) not in stored:
+                align = ALIGN_LARGE if large.tensor.nbytes >= LARGE else ALIGN
+                begin = -(-end // align) * align
+                stored[id(large)] = large, begin
+                end = begin + large.tensor.nbytes
+            own[name] = stored[id(large)][1] + offset
+        offsets.append(own)
+    return Layout(tuple(stored.values()), tuple(offsets), end)
+
+
+def offset_in(small: Weight, large: Weight) -> int | None:
+    """Where the bytes of one weight begin in those of another of the same source; None if they do not lie there."""
+    a, b = small.tensor.view, large.tensor.view
+    outer = len(a.view_shape) - 1 if small.transposed else 0
+    if not a.ranges or a.ranges == b.ranges:
+        return 0
+    if a.ranges[:outer] != b.ranges[:outer] or a.ranges[outer + 1 :] != b.ranges[outer + 1 :]:
+        return None
+    wanted, there = _indices(a.ranges[outer]), _indices(b.ranges[outer])
+    step = math.prod(length for axis, length in enumerate(a.taken) if axis != outer)
+    for start in np.flatnonzero(there == wanted[0]).tolist():
+        if np.array_equal(there[start : start + len(wanted)], wanted):
+            return int(start * step * numpy_dtype(small.tensor.dtype).itemsize)
+    return None
+
+
+def _indices(ranges: Ranges) -> np.ndarray:
+    return np.concatenate([np.arange(start, stop) for start, stop in ranges])
+
+
+def weight_blocks(checkpoint: Checkpoint, layout: Layout) -> Iterator[Any]:
+    """The bytes of the file."""
+    position, pool = 0, Pool(AHEAD + 1)
+    for weight, offset in layout.stored:
+        if offset > position:
+            yield bytes(offset - position)
+        view, dtype = weight.tensor.view, numpy_dtype(weight.tensor.dtype)
+        for block in stream_transposed(checkpoint, view) if weight.transposed else stream(checkpoint, view, pool=pool):
+            yield block.astype(dtype, copy=False).view(np.uint8)
+        position = offset + weight.tensor.nbytes
