@@ -176,6 +176,7 @@ def export_onnx(
     target: str = "cpu",
     form: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     force: bool = False,
     progress: Progress = _silent,
 ) -> None:
@@ -183,19 +184,24 @@ def export_onnx(
 
     Args:
         dtype: what weights are stored as, `float32` (the default), `float16` or `bfloat16`; computed is in float32.
+        quantize: how projections and embeddings are stored: `int8`, `int8-block` or `int4-block`.
 
     Raises:
-        UsageError: the target cannot run the form, or the output cannot be used.
+        UsageError: the target cannot run the form, the form cannot be quantised so, or the output cannot be used.
         CheckpointError, TableError: see `plan`.
     """
+    from matexport.graph.encoding import METHODS
     from matexport.onnx import write_onnx
 
     chosen = target_named(target, "onnx", form)
     if isinstance(model, PlannedSlice) and (slice is not None or table is not None):
         raise UsageError("a planned slice is one row already", fix="leave out slice and table")
     planned = model if isinstance(model, PlannedSlice) else plan(model, slice, table=table)
+    if quantize is not None and (quantize not in METHODS or (quantize != "int8" and chosen.form == "stock")):
+        what = f"cannot quantise {quantize!r} in form {chosen.form!r}"
+        raise UsageError(what, fix=f"one of {', '.join(METHODS)}; standard operators (--form stock) know int8 only")
     exported = planned.plan.cast(dtype_named(dtype) or chosen.dtype)
-    graph = planned.family.build_graph(exported, chosen.form)
+    graph = planned.family.build_graph(exported, chosen.form, quantize=quantize)
     write_onnx(planned.checkpoint, exported, graph, Path(output), target=chosen, force=force, progress=progress)
 
 

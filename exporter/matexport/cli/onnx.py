@@ -38,10 +38,14 @@ from matexport.targets import FORMS, TARGETS
 )  # fmt: skip
 @click.option("--form", type=click.Choice(FORMS), help="How the scan appears in the graph.  [the target's]")
 @click.option("--dtype", metavar="NAME", help="Store weights as float32, float16 or bfloat16.  [float32]")
+@click.option(
+    "--quantize", type=click.Choice(["int8", "int8-block", "int4-block"]),
+    help="Store projections in fewer bits: int8 for long inputs and images, the others for decoding.",
+)  # fmt: skip
 @force_option
 def command(
     model: str, allow_pickle: bool, table: str | None, rows: tuple[str, ...], output: Path | None, in_place: bool,
-    target: str, form: str | None, dtype: str | None, force: bool,
+    target: str, form: str | None, dtype: str | None, quantize: str | None, force: bool,
 ) -> None:  # fmt: skip
     """Writes ONNX from a full checkpoint and a row, or from a sliced checkpoint.
 
@@ -53,11 +57,15 @@ def command(
     Examples:
       matexport onnx -m checkpoint -s half -o half-onnx
       matexport onnx -m half -o half.onnx --form stock
+      matexport onnx -m checkpoint -s half -o half-int4 --quantize int4-block
       matexport onnx -m half --in-place
       matexport onnx -m checkpoint -s full -s half -s quarter -o elastic
     """
-    if in_place and (rows or output or dtype):
-        raise UsageError("--in-place takes a checkpoint as it is", fix="leave out -s, -o and --dtype; slice it first")
+    if in_place and (rows or output or dtype or quantize):
+        fix = "leave out -s, -o, --dtype and --quantize; slice it first"
+        raise UsageError("--in-place takes a checkpoint as it is", fix=fix)
+    if len(rows) > 1 and quantize:
+        raise UsageError("an elastic bundle cannot be quantised", fix="export each row by itself")
     if not in_place and output is None:
         raise UsageError("there is no output", fix="name it with -o, or use the checkpoint's own weights: --in-place")
     planned = [api.plan(model, row, table=table, allow_pickle=allow_pickle) for row in rows or (None,)]
@@ -73,8 +81,9 @@ def command(
     with progress_bar("writing", max(each.plan.nbytes for each in planned)) as progress:
         options: dict[str, Any] = {"target": target, "form": form, "dtype": dtype, "force": force, "progress": progress}
         if len(planned) == 1:
-            api.export_onnx(planned[0], output, **options)
-            say(f"{output}: {first.name}, {first.parameters:,} parameters, target {target}")
+            api.export_onnx(planned[0], output, quantize=quantize, **options)
+            stored = f", {quantize}" if quantize else ""
+            say(f"{output}: {first.name}, {first.parameters:,} parameters, target {target}{stored}")
         else:
             for name, file in api.export_bundle(planned, output, **options).items():
                 say(f"{output / file}: {name}, target {target}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,28 +12,51 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from matexport.graph.encoding import Encoding
 from matexport.planning import PlannedTensor
-from matexport.tensors import FLOATS
+from matexport.tensors import FLOATS, numpy_dtype
 
 OPSET, IR_VERSION = 21, 10  # the newest that onnxruntime 1.20 loads
 
 DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F64": ir.DataType.DOUBLE,
-    "I64": ir.DataType.INT64, "I32": ir.DataType.INT32, "BOOL": ir.DataType.BOOL,
+    "I64": ir.DataType.INT64, "I32": ir.DataType.INT32, "I8": ir.DataType.INT8, "U8": ir.DataType.UINT8,
+    "BOOL": ir.DataType.BOOL,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One initializer: a planned tensor, stored transposed if `transposed` (two axes only)."""
+    """One initializer: a planned tensor as it is stored.
+
+    Attributes:
+        transposed: of two axes only.
+        encoding: one of the arrays that a quantised matrix is stored as.
+        reshaped: its shape, where it is another one than the encoding's.
+    """
 
     value: ir.Value
     tensor: PlannedTensor
-    transposed: bool
+    transposed: bool = False
+    encoding: Encoding | None = None
+    reshaped: tuple[int, ...] | None = None
+
+    @property
+    def dtype(self) -> str:
+        return self.encoding.dtype if self.encoding else self.tensor.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.reshaped:
+            return self.reshaped
+        if self.encoding:
+            n, k = self.tensor.shape
+            return self.encoding.shape(n, k)
         return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
 
 
 class Graph:
@@ -44,6 +68,7 @@ class Graph:
 
     def __init__(self, name: str, dtype: str = "F32"):
         self.name, self.dtype = name, dtype
+        self.quantize: str | None = None  # how its matrices are stored: see `matexport.graph.encoding`
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
@@ -73,14 +98,22 @@ class Graph:
         value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(DTYPES[dtype])
         self.outputs.append(value)
 
-    def weight(self, name: str, tensor: PlannedTensor, *, transposed: bool = False) -> ir.Value:
-        """A weight by its name. Asking twice for the same one gives the same value."""
+    def weight(
+        self,
+        name: str,
+        tensor: PlannedTensor,
+        *,
+        transposed: bool = False,
+        encoding: Encoding | None = None,
+        reshaped: tuple[int, ...] | None = None,
+    ) -> ir.Value:
+        """A weight by its name; see `Weight`. Asking twice for the same one gives the same value."""
         if name not in self.weights:
-            value = ir.Value(name=name, type=ir.TensorType(DTYPES[tensor.dtype]))
-            self.weights[name] = Weight(value, tensor, transposed)
-            value.shape = ir.Shape(self.weights[name].shape)
-            self._ready[name] = value
-            if tensor.dtype in FLOATS and tensor.dtype != self.dtype:
+            weight = Weight(ir.Value(name=name), tensor, transposed, encoding, reshaped)
+            value = self._ready[name] = weight.value
+            value.shape, value.type = ir.Shape(weight.shape), ir.TensorType(DTYPES[weight.dtype])
+            self.weights[name] = weight
+            if weight.dtype in FLOATS and weight.dtype != self.dtype:
                 cast = self._ready[name] = self.op("Cast", value, to=int(DTYPES[self.dtype]))
                 cast.shape, cast.type = value.shape, ir.TensorType(DTYPES[self.dtype])
         return self._ready[name]

@@ -17,7 +17,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, UsageError
-from matexport.graph.builder import DTYPES, Graph
+from matexport.graph.builder import DTYPES, Graph, Weight
 from matexport.manifest import BUNDLE, FILE, describe_slice, describe_source, json_bytes, manifest_bytes
 from matexport.onnx.weights import Layout, lay_out, weight_blocks
 from matexport.planning import Plan, whole
@@ -181,9 +181,9 @@ def _model(graph: Graph, plan: Plan, places: Places, folder: Path) -> bytes:
     """The model file; `folder` is where the files with its weights are while it is made."""
     for name, weight in graph.weights.items():
         file, offset = places[name]
-        tensor = weight.tensor
+        dtype, shape = DTYPES[weight.dtype], ir.Shape(weight.shape)
         weight.value.const_value = ir.ExternalTensor(
-            file, offset, tensor.nbytes, DTYPES[tensor.dtype], shape=ir.Shape(weight.shape), name=name, base_dir=folder
+            file, offset, weight.nbytes, dtype, shape=shape, name=name, base_dir=folder
         )
     model = graph.to_model(producer_version=__version__, metadata={"matexport.slice": plan.name})
     model = ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True)(model).model
@@ -195,15 +195,22 @@ def _config(plan: Plan) -> bytes:
 
 
 def _manifest(checkpoint: Checkpoint, plan: Plan, graph: Graph, target: Target, written: Files) -> dict[str, Any]:
-    weights = {name: {**w.tensor.to_json(), "transposed": w.transposed} for name, w in graph.weights.items()}
+    weights = {name: _describe_weight(weight) for name, weight in graph.weights.items()}
     return {
         "kind": "onnx",
         **describe_slice(plan, checkpoint),
         "target": target.name,
         "form": target.form,
+        **({"quantize": graph.quantize} if graph.quantize else {}),
         "weights": weights,
         "files": dict(sorted(written.items())),
     }
+
+
+def _describe_weight(weight: Weight) -> dict[str, Any]:
+    encoding = weight.encoding
+    quantised = {"encoding": [encoding.method, encoding.part]} if encoding else {}
+    return {**weight.tensor.to_json(), "transposed": weight.transposed, **quantised}
 
 
 def put(folder: Path, written: Files, name: str, data: bytes) -> None:

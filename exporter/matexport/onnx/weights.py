@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ import numpy as np
 
 from matexport.checkpoint import Checkpoint
 from matexport.graph.builder import Graph, Weight
-from matexport.planning import Ranges
-from matexport.streaming import Pool, stream, stream_transposed
+from matexport.graph.encoding import Encoding
+from matexport.planning import Ranges, View
+from matexport.streaming import Pool, read, stream, stream_transposed
 from matexport.tensors import numpy_dtype
 from matexport.writer import AHEAD
 
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 16  # large weights start on a page, so that they can be mapped
+ROWS = 1 << 18  # elements that are quantised at once
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ def lay_out(graphs: Sequence[Graph]) -> Layout:
     for graph in graphs:
         for weight in graph.weights.values():
             view = weight.tensor.view
-            alike[view.source, view.view_shape, weight.tensor.dtype, weight.transposed].append(weight)
+            alike[view.source, view.view_shape, weight.dtype, weight.transposed, weight.encoding].append(weight)
     inside: dict[int, tuple[Weight, int]] = {}  # id of a weight -> the stored one that holds it, bytes from its start
     for group in alike.values():
         kept: list[Weight] = []
-        for weight in sorted(group, key=lambda weight: -weight.tensor.nbytes):
+        for weight in sorted(group, key=lambda weight: -weight.nbytes):
             found = ((large, offset_in(weight, large)) for large in kept)
             large, offset = next(((w, n) for w, n in found if n is not None), (weight, 0))
             inside[id(weight)] = large, offset
@@ -58,10 +59,10 @@ def lay_out(graphs: Sequence[Graph]) -> Layout:
         for name, weight in graph.weights.items():
             large, offset = inside[id(weight)]
             if id(large) not in stored:
-                align = ALIGN_LARGE if large.tensor.nbytes >= LARGE else ALIGN
+                align = ALIGN_LARGE if large.nbytes >= LARGE else ALIGN
                 begin = -(-end // align) * align
                 stored[id(large)] = large, begin
-                end = begin + large.tensor.nbytes
+                end = begin + large.nbytes
             own[name] = stored[id(large)][1] + offset
         offsets.append(own)
     return Layout(tuple(stored.values()), tuple(offsets), end)
@@ -70,21 +71,25 @@ def lay_out(graphs: Sequence[Graph]) -> Layout:
 def offset_in(small: Weight, large: Weight) -> int | None:
     """Where the bytes of one weight begin in those of another of the same source; None if they do not lie there."""
     a, b = small.tensor.view, large.tensor.view
-    outer = len(a.view_shape) - 1 if small.transposed else 0
     if not a.ranges or a.ranges == b.ranges:
         return 0
+    outer = len(a.ranges) - 1 if _columns_first(small) else 0
     if a.ranges[:outer] != b.ranges[:outer] or a.ranges[outer + 1 :] != b.ranges[outer + 1 :]:
         return None
     wanted, there = _indices(a.ranges[outer]), _indices(b.ranges[outer])
-    step = math.prod(length for axis, length in enumerate(a.taken) if axis != outer)
     for start in np.flatnonzero(there == wanted[0]).tolist():
         if np.array_equal(there[start : start + len(wanted)], wanted):
-            return int(start * step * numpy_dtype(small.tensor.dtype).itemsize)
+            return int(start * (small.nbytes // len(wanted)))
     return None
 
 
 def _indices(ranges: Ranges) -> np.ndarray:
     return np.concatenate([np.arange(start, stop) for start, stop in ranges])
+
+
+def _columns_first(weight: Weight) -> bool:
+    encoding = weight.encoding
+    return weight.transposed or (encoding is not None and (encoding.method, encoding.part) == ("int8", "codes"))
 
 
 def weight_blocks(checkpoint: Checkpoint, layout: Layout) -> Iterator[Any]:
@@ -93,7 +98,37 @@ def weight_blocks(checkpoint: Checkpoint, layout: Layout) -> Iterator[Any]:
     for weight, offset in layout.stored:
         if offset > position:
             yield bytes(offset - position)
-        view, dtype = weight.tensor.view, numpy_dtype(weight.tensor.dtype)
-        for block in stream_transposed(checkpoint, view) if weight.transposed else stream(checkpoint, view, pool=pool):
-            yield block.astype(dtype, copy=False).view(np.uint8)
-        position = offset + weight.tensor.nbytes
+        for block in stored_blocks(checkpoint, weight, pool):
+            yield block.view(np.uint8)
+        position = offset + weight.nbytes
+
+
+def stored_blocks(checkpoint: Checkpoint, weight: Weight, pool: Pool | None = None) -> Iterator[np.ndarray]:
+    """One weight as it is stored, in flat arrays of bounded size."""
+    view, dtype = weight.tensor.view, numpy_dtype(weight.dtype)
+    if weight.encoding is not None:
+        yield from _encoded(checkpoint, view, weight.encoding)
+        return
+    for block in stream_transposed(checkpoint, view) if weight.transposed else stream(checkpoint, view, pool=pool):
+        yield block.astype(dtype, copy=False)
+
+
+def _encoded(checkpoint: Checkpoint, view: View, encoding: Encoding) -> Iterator[np.ndarray]:
+    """A matrix in fewer bits, some rows at a time; `int8` codes are stored by columns."""
+    if (encoding.method, encoding.part) == ("int8", "codes"):
+        codes = np.empty(view.shape, np.int8)  # a quarter of the matrix
+        position = 0
+        for rows in _rows(checkpoint, view):
+            codes[position : position + len(rows)] = encoding.encode(rows)
+            position += len(rows)
+        yield np.ascontiguousarray(codes.T).reshape(-1)
+        return
+    for rows in _rows(checkpoint, view):
+        yield encoding.encode(rows).reshape(-1)
+
+
+def _rows(checkpoint: Checkpoint, view: View) -> Iterator[np.ndarray]:
+    count, width = view.shape
+    step = max(1, ROWS // width)
+    for start in range(0, count, step):
+        yield read(checkpoint, view.restrict(0, (start, min(count, start + step)))).astype(np.float32, copy=False)

@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 
 from matexport.checkpoint import Checkpoint
+from matexport.graph.builder import Weight
 from matexport.manifest import file_problems
+from matexport.onnx.weights import stored_blocks
 from matexport.parity.comparison import Comparison
 from matexport.planning import PlannedTensor
-from matexport.streaming import stream, stream_transposed
+from matexport.streaming import stream
 from matexport.tensors import numpy_dtype
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: what it says it is, and where its bytes are."""
+    """A tensor in a file: what it says it is, and where its bytes are; how they were made if not as in a checkpoint."""
 
     tensor: PlannedTensor
     file: Path
     start: int
-    transposed: bool = False
+    weight: Weight | None = None
 
 
 def prove_tensor(name: str, stored: Stored, planned: PlannedTensor | None, source: Checkpoint) -> Comparison:
@@ -36,8 +38,7 @@ def prove_tensor(name: str, stored: Stored, planned: PlannedTensor | None, sourc
         return Comparison(name, "provenance", False, 0.0, detail=what)
     if stored.tensor.view != planned.view:
         return Comparison(name, "provenance", False, 0.0, detail="the manifest records another view")
-    view = planned.view
-    blocks = stream_transposed(source, view) if stored.transposed else stream(source, view)
+    blocks = stored_blocks(source, stored.weight) if stored.weight else stream(source, planned.view)
     max_abs, scale, equal = 0.0, 0.0, True
     for got, want in _pairs(stored, blocks):
         want = want.astype(got.dtype, copy=False)
@@ -57,7 +58,7 @@ def prove_tensor(name: str, stored: Stored, planned: PlannedTensor | None, sourc
 
 
 def _pairs(stored: Stored, blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    dtype = numpy_dtype(stored.tensor.dtype)
+    dtype = numpy_dtype(stored.weight.dtype if stored.weight else stored.tensor.dtype)
     with stored.file.open("rb") as f:
         f.seek(stored.start)
         for want in blocks:

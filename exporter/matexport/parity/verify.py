@@ -13,6 +13,7 @@ from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
 from matexport.families import Family, family_of, with_options
+from matexport.graph.encoding import METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
 from matexport.parity.comparison import TOLERANCES, Comparison, compare
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
@@ -216,6 +217,8 @@ def _compare_outputs(kind: str, got: Outputs, want: Outputs, family: Family) -> 
     """Every output with the oracle's, and what was decoded step by step with what was computed at once."""
     missing = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in want if name not in got]
     found = missing + [compare(name, kind, got[name], want[name]) for name in want if name in got]
+    if kind.startswith("onnx "):  # quantised: what is lost is above, step by step too
+        return found
     steps = [name for name in got if name.startswith("decode.") and name.removeprefix("decode.") in want]
     for name in steps:
         output = name.removeprefix("decode.")
@@ -233,17 +236,22 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     weights = kept_tensors(subject.manifest, "weights", str(artefact))
     target = target_named(str(subject.manifest.get("target")), "onnx", str(subject.manifest.get("form")))
     elastic = subject.manifest.get("elastic") is True
-    planned = subject.family.build_graph(subject.plan, target.form, elastic=elastic).weights
+    quantize = subject.manifest.get("quantize")
+    if not (quantize is None or quantize in METHODS):
+        raise InputError("manifest cannot be read", where=str(artefact), fix="write the artefact again")
+    planned = subject.family.build_graph(subject.plan, target.form, elastic=elastic, quantize=quantize).weights
     stored = {}
     for name, (data, offset) in stored_weights(file).items():
         if name in weights and name in planned:
             # what is recorded relative to another source says nothing about this one; its bytes do
             view = planned[name].tensor.view if record is not subject.manifest else weights[name].view
-            stored[name] = Stored(PlannedTensor(weights[name].dtype, view), data, offset, planned[name].transposed)
+            stored[name] = Stored(PlannedTensor(weights[name].dtype, view), data, offset, planned[name])
     found = _prove(stored, {name: weight.tensor for name, weight in planned.items()}, subject.source)
-    found += _compare_outputs("onnx", load_onnx(file)(inputs), want, subject.family)
+    kind = f"onnx {quantize}" if quantize else "onnx"
+    found += _compare_outputs(kind, load_onnx(file)(inputs), want, subject.family)
     if subject.manifest.get("form") == "custom" and kernels():
-        found += _compare_outputs("functions", load_onnx(file, library=False)(inputs), want, subject.family)
+        kind = "functions" if kind == "onnx" else kind
+        found += _compare_outputs(kind, load_onnx(file, library=False)(inputs), want, subject.family)
     return found
 
 

@@ -66,7 +66,7 @@ def damage(checkpoint: Checkpoint) -> tuple[str, ...]:
     return faults(checkpoint.config)
 
 
-def build_graph(plan: Plan, form: str, *, elastic: bool = False) -> Graph:
+def build_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None) -> Graph:
     raise UsageError("Gemma 3n cannot be exported to ONNX yet", fix="slice it: matexport slice")
 
 

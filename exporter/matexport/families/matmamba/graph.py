@@ -7,19 +7,22 @@ import onnx_ir as ir
 from matexport.families.matmamba.containers import EMBEDDINGS, HEAD
 from matexport.families.matmamba.layout import PREFIXES
 from matexport.families.matmamba.mixer import Blocks, States
+from matexport.graph import quantized
 from matexport.graph.builder import Graph
 from matexport.planning import Plan
 
 STATES = ("conv_state", "recurrent_state")  # onnxruntime-genai's names
 
 
-def vision_graph(plan: Plan, form: str, *, elastic: bool = False) -> Graph:
+def vision_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None) -> Graph:
     """`pixel_values` (batch, 3, s, s) -> `logits` (batch, classes), from the config and shapes of a plan."""
     config = plan.config
     d, patch, size = config["d_model"], config["patch_size"], config["image_size"]
     patches = (size // patch) ** 2
     g = Graph("matmamba_vision")
-    blocks = Blocks(g, plan, form, prefix=PREFIXES["vision"], length=patches + 1, masked=False, elastic=elastic)
+    blocks = Blocks(
+        g, plan, form, prefix=PREFIXES["vision"], length=patches + 1, masked=False, elastic=elastic, quantize=quantize
+    )
     weight = blocks.weight
 
     pixels = g.input("pixel_values", g.dtype, ["batch", 3, size, size])
@@ -48,24 +51,26 @@ def vision_graph(plan: Plan, form: str, *, elastic: bool = False) -> Graph:
     return g
 
 
-def language_graph(plan: Plan, form: str, *, elastic: bool = False) -> Graph:
+def language_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None) -> Graph:
     """`input_ids` (batch, sequence), `attention_mask` (batch, total) and two states a layer -> `logits` and new states.
 
     One graph for prefill, continuation and decoding. The mask covers all tokens so far, of which the last `sequence`
     count; a step with 0, at either side, leaves the states exactly as they were. States start as zeros.
     """
     g, prefix = Graph("matmamba_lm"), PREFIXES["lm"]
-    blocks = Blocks(g, plan, form, prefix=prefix, length=None, masked=True, elastic=elastic)
-    rows, d = plan.tensors[EMBEDDINGS[1]].shape
+    blocks = Blocks(g, plan, form, prefix=prefix, length=None, masked=True, elastic=elastic, quantize=quantize)
+    embedding = EMBEDDINGS[1], plan.tensors[EMBEDDINGS[1]]
 
     ids = g.input("input_ids", "I64", ["batch", "sequence"])
     attention = g.input("attention_mask", "I64", ["batch", "total_sequence"])
-    embedding = blocks.weight(EMBEDDINGS[1])
     with g.scope("mask"):  # of the tokens that are new
         length = g.op("Shape", ids, start=1, end=2)
         mask = g.op("Slice", attention, g.op("Neg", length), g.constant([1 << 60]), g.constant([1]))
         mask = g.op("Cast", mask, to=int(ir.DataType.BOOL))
-    x = g.op("Gather", embedding, ids)
+    if quantize and quantized.gathers(embedding[1], quantize):
+        x = quantized.gather(g, ids, *embedding, quantize)
+    else:
+        x = g.op("Gather", g.weight(*embedding), ids)
     present = []
     for i in range(plan.config["n_layer"]):
         shapes: list[list[int | str]] = [["batch", *shape] for shape in blocks.state_shapes(i)]
@@ -77,10 +82,12 @@ def language_graph(plan: Plan, form: str, *, elastic: bool = False) -> Graph:
             x = g.op("Add", x, y)
         assert states is not None
         present += [(value, f"present.{i}.{name}", shape) for value, (name, shape) in zip(states, named, strict=True)]
-    with g.scope("head"):  # a tied embedding is stored once: Gemm takes it as it is
-        x = g.op("Reshape", blocks.norm(x, f"{prefix}norm_f"), g.constant([-1, d]))
-        logits = g.op("Gemm", x, blocks.weight(HEAD if HEAD in plan.tensors else EMBEDDINGS[1]), transB=1)
-        logits = g.op("Reshape", logits, g.op("Concat", g.op("Shape", ids), g.constant([rows]), axis=0))
+    with g.scope("head"):  # a tied embedding is stored once
+        tied = HEAD not in plan.tensors
+        head = embedding if tied else (HEAD, plan.tensors[HEAD])
+        x = blocks.norm(x, f"{prefix}norm_f")
+        (logits,) = blocks.linear(x, head, quantize=not tied or quantized.gathers(embedding[1], quantize))
+    rows = embedding[1].shape[0]
     g.output(logits, "logits", g.dtype, ["batch", "sequence", rows])
     for value, name, shape in present:
         g.output(value, name, g.dtype, shape)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from matexport.graph import mamba2, stateful
+from matexport.graph import mamba2, quantized, stateful
 from matexport.graph.builder import Graph
-from matexport.planning import Plan
+from matexport.planning import Plan, PlannedTensor
 
 
 class States(NamedTuple):
@@ -28,13 +28,16 @@ class Blocks:
         masked: whether steps may be masked.
         elastic: whether every weight of a narrower slice is a range of the wider one's bytes. The projection in then
             comes in parts; heads are the outermost axis of each, so B and C stand before x.
+        quantize: how projections are stored (see `matexport.graph.encoding`).
     """
 
     def __init__(
-        self, g: Graph, plan: Plan, form: str, *, prefix: str, length: int | None, masked: bool, elastic: bool = False
-    ):
+        self, g: Graph, plan: Plan, form: str, *, prefix: str, length: int | None, masked: bool,
+        elastic: bool, quantize: str | None,
+    ):  # fmt: skip
         self.g, self.tensors, self.form, self.prefix, self.length = g, plan.tensors, form, prefix, length
-        self.elastic = elastic
+        self.elastic, self.quantize = elastic, quantize
+        g.quantize = quantize
         ssm = plan.config.get("ssm_cfg") or {}
         self.groups: int = ssm.get("ngroups", 1)
         low, high = ssm.get("dt_limit", (0.0, math.inf))
@@ -48,17 +51,19 @@ class Blocks:
     def weight(self, name: str) -> ir.Value:
         return self.g.weight(name, self.tensors[name])
 
-    def rows(self, name: str, part: str, *ranges: tuple[int, int]) -> ir.Value:
+    def rows(self, name: str, part: str, *ranges: tuple[int, int]) -> tuple[str, PlannedTensor]:
         """Ranges of the rows of a weight, in order, as a weight of its own."""
         tensor = self.tensors[name]
-        return self.g.weight(f"{name}.{part}", replace(tensor, view=tensor.view.restrict(0, *ranges)))
+        return f"{name}.{part}", replace(tensor, view=tensor.view.restrict(0, *ranges))
 
-    def linear(self, x: ir.Value, *weights: ir.Value) -> list[ir.Value]:
-        """x (b, T, k) times each weight (n, k), as checkpoints store them -> (b, T, n)."""
+    def linear(self, x: ir.Value, *weights: tuple[str, PlannedTensor], quantize: bool = True) -> list[ir.Value]:
+        """x (b, T, k) times each weight (n, k), as checkpoints store them or quantised -> (b, T, n)."""
         g = self.g
+        if self.quantize and quantize:
+            return quantized.linear(g, x, weights, self.quantize)
         steps = g.op("Shape", x, start=0, end=2)
-        flat = g.op("Reshape", x, g.constant([-1, _sizes(weights[0])[1]]))
-        products = [(g.op("Gemm", flat, weight, transB=1), _sizes(weight)[0]) for weight in weights]
+        flat = g.op("Reshape", x, g.constant([-1, weights[0][1].shape[1]]))
+        products = [(g.op("Gemm", flat, g.weight(*weight), transB=1), weight[1].shape[0]) for weight in weights]
         return [g.op("Reshape", y, g.op("Concat", steps, g.constant([n]), axis=0)) for y, n in products]
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
@@ -127,7 +132,7 @@ class Blocks:
         if self.elastic:
             y = g.op("MatMul", y, g.weight(out, self.tensors[out], transposed=True))
         else:
-            (y,) = self.linear(y, self.weight(out))
+            (y,) = self.linear(y, (out, self.tensors[out]))
         return y, None if states is None else States(conv_state, scan_state)
 
     def _project(
@@ -139,7 +144,7 @@ class Blocks:
             parts = self.rows(name, "z", z), self.rows(name, "bcx", bc, x), self.rows(name, "dt", dt)
             first, second, third = self.linear(u, *parts)
         else:
-            (zxbcdt,) = self.linear(u, self.weight(name))
+            (zxbcdt,) = self.linear(u, (name, self.tensors[name]))
             sizes = self.g.constant([w, channels, heads])
             first, second, third = self.g.ops("Split", zxbcdt, sizes, axis=-1, outputs=3)
         return first, second, third
@@ -147,7 +152,7 @@ class Blocks:
     def _channels(self, name: str, w: int) -> ir.Value:
         """A weight of the convolution, its channels in the order of its input."""
         channels = self.tensors[name].shape[0]
-        return self.rows(name, "bcx", (w, channels), (0, w)) if self.elastic else self.weight(name)
+        return self.g.weight(*self.rows(name, "bcx", (w, channels), (0, w))) if self.elastic else self.weight(name)
 
     def _zeros(self, u: ir.Value, layer: int) -> States:
         batch = self.g.op("Shape", u, start=0, end=1)
@@ -168,10 +173,3 @@ class Blocks:
             g, x, dt, A, B, C, D,
             length=self.length, heads=heads, head_dim=head_dim, groups=self.groups, state=state,
         )  # fmt: skip
-
-
-def _sizes(weight: ir.Value) -> tuple[int, int]:
-    """Rows and columns of a matrix."""
-    assert weight.shape is not None
-    rows, columns = weight.shape.numpy()
-    return rows, columns
