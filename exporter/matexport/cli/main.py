@@ -18,6 +18,7 @@ VERBS = {  # verb -> its line in the help; the code is in matexport.cli.VERB
     "slice": "Writes one row as a standalone checkpoint.",
     "onnx": "Writes ONNX, from a full checkpoint and a row or from a slice.",
     "trt": "Builds a TensorRT engine from ONNX.",
+    "bench": "Measures an ONNX model on this machine.",
     "verify": "Proves that an artefact computes what its source does.",
     "inspect": "Says what a folder is: family, widths, sizes, provenance.",
     "doctor": "Says which runtimes are usable here and how to get the rest.",
