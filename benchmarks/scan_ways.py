@@ -24,7 +24,7 @@ from matexport.graph.builder import Graph
 
 Arrays = dict[str, np.ndarray]
 Values = dict[str, ir.Value]
-OURS = "ours"
+OURS, OURS_BF16 = "ours", "ours in bfloat16"
 WEIGHTS = {"A", "D", "dt_bias", "weight", "bias"}  # constants of a graph; all else are its inputs
 HIDDEN = {"hidden": np.zeros((1, 1, 8), np.float32)}  # mobius' scan asks it for its type
 
@@ -118,6 +118,11 @@ def in_form(g: Graph, v: Values, s: Sizes, form: str) -> tuple[ir.Value, ir.Valu
     return stateful.mamba2_scan(g, form, *inputs, None, heads=s.heads, groups=1, dt_limit=(0.0, np.inf))
 
 
+def in_bfloat16(g: Graph, v: Values) -> tuple[ir.Value, ...]:
+    names = ("x", "dt_raw", "A", "B", "C", "D", "dt_bias", "state")
+    return g.ops("Mamba2Scan", *(v[name] for name in names), domain="ai.matexport", outputs=2, bfloat16=1)
+
+
 def chunked(g: Graph, v: Values, s: Sizes, length: int) -> tuple[ir.Value]:
     """The form of TensorRT and vision models: from a zero state, without a final one."""
     dt = g.op("Softplus", g.op("Add", v["dt_raw"], v["dt_bias"]))
@@ -182,6 +187,7 @@ def scan_ways(inputs: Arrays, s: Sizes, length: int, threads: int, mobius: str |
         "PyTorch chunked": torch_way(torch.ops.matexport.mamba2_scan, inputs, threads),
     }
     if length > 1:
+        ways[OURS_BF16] = ort(in_bfloat16, "bfloat16", ours=True)
         ways["chunked stock ops"] = ort(lambda g, v: chunked(g, v, s, length), "chunked")
     if mobius:
         ways["mobius-onnx"] = ort_way(mobius_scan(mobius, inputs, s), inputs | HIDDEN, threads)

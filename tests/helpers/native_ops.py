@@ -207,7 +207,7 @@ class Backend:
     """`make(op, attributes, threads)` gives a `Run`.
 
     Attributes:
-        tolerance: of y, relative to its largest value; the state is always held to 1e-5.
+        tolerance, state_tolerance: of y and the state, relative to their largest values.
         rounds: to what x, dt_raw, B, C, z are rounded before (the reference gets the rounded ones).
         whole: it takes every input, and writes zeros where the mask is. The functions in our models have no z, need the
             state, and leave masked steps of y without meaning.
@@ -215,6 +215,7 @@ class Backend:
 
     make: Callable[[Op, Mapping[str, Any], int], Run]
     tolerance: float = 1e-5
+    state_tolerance: float = 1e-5
     rounds: torch.dtype = torch.float32
     whole: bool = True
 
@@ -234,12 +235,18 @@ def _ort(isa: str | None, form: str = "custom") -> Callable[[Op, Mapping[str, An
     return lambda op, attributes, threads: OrtRunner(op, isa, threads, attributes, form)
 
 
+def _bfloat16(op: Op, attributes: Mapping[str, Any], threads: int) -> Run:
+    """Products in bfloat16 where the processor has them and the state's size fits; the convolution has none."""
+    return OrtRunner(op, "avx512", threads, {**attributes, "bfloat16": 1} if op is SCAN else attributes)
+
+
 def _torch(dtype: torch.dtype) -> Callable[[Op, Mapping[str, Any], int], Run]:
     return lambda op, attributes, threads: TorchRunner(op, attributes, dtype)
 
 
 BACKENDS = {
     **{f"ort-{isa}": Backend(_ort(isa)) for isa in instruction_sets()},
+    **({"ort-bfloat16": Backend(_bfloat16, 1e-2, 1e-2)} if "avx512_bf16" in processor_flags() else {}),
     "ort-function": Backend(_ort(None), whole=False),  # of a model of form `custom`, our library not registered
     "ort-stock": Backend(_ort(None, "stock"), whole=False),
     "torch": Backend(_torch(torch.float32)),

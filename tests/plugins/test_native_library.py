@@ -170,6 +170,20 @@ def test_the_instruction_set_can_be_forced() -> None:
         assert "avx2" in ISAS
 
 
+@every_isa
+def test_bfloat16_is_used_where_the_processor_has_it(isa: str) -> None:
+    """And nowhere else; never for a single step."""
+    for length in (100, 1):
+        inputs = part(INPUTS[SCAN], 0, length, INPUTS[SCAN]["state"])
+        exact, y = (
+            session(model_bytes(SCAN, tuple(inputs), groups=2, bfloat16=flag), isa).run(None, inputs)[0]
+            for flag in (0, 1)
+        )
+        used = isa == "avx512" and "avx512_bf16" in processor_flags() and length > 1
+        assert np.array_equal(exact, y) != used
+        assert error(y, exact) < 1e-2
+
+
 def test_an_onnxruntime_that_is_too_old_gets_a_status() -> None:
     """A runtime that knows API versions up to 16 only; all it can do for us is to make a status."""
     said: list[tuple[int, bytes]] = []
@@ -211,6 +225,6 @@ def test_kernels_share_no_inline_functions() -> None:
     """What is compiled for several instruction sets may not include headers whose functions the linker merges."""
     sources = REPOSITORY / "plugins" / "matexport_plugins"
     kernels = [*sources.glob("*/*_kernel.h"), sources / "native" / "vectors.h"]
-    assert len(kernels) == 3
+    assert len(kernels) == 5
     for path in kernels:
         assert "#include" not in path.read_text(), path

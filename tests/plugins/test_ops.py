@@ -103,7 +103,7 @@ def test_backend_against_the_reference(index: int, name: str) -> None:
         unmoved = padding.all(1)
         assert np.array_equal(state[unmoved], inputs["state"][unmoved] if "state" in inputs else 0 * state[unmoved])
     assert error(y, want) < backend.tolerance  # false for NaN as well
-    assert error(state, want_state) < TOLERANCE
+    assert error(state, want_state) < backend.state_tolerance
 
 
 both_ops = pytest.mark.parametrize("op", [SCAN, CONV], ids=lambda op: op.name)
@@ -122,7 +122,7 @@ def test_states_carry_on(op: Op, backend: Backend, pieces: tuple[int, ...]) -> N
         ys.append(y)
         start += length
     assert error(np.concatenate(ys, 1) * inputs["mask"][..., None], want) < backend.tolerance
-    assert error(state, want_state) < TOLERANCE
+    assert error(state, want_state) < backend.state_tolerance
 
 
 @both_ops
@@ -146,8 +146,8 @@ def test_padding_at_either_side_is_exact(op: Op, backend: Backend) -> None:
         width = {k: [(0, 0), (before, behind)] + [(0, 0)] * (v.ndim - 2) for k, v in inputs.items() if v.ndim > 1}
         padded = {k: np.pad(v, width[k]) if k in ALONG_LENGTH else v for k, v in inputs.items()}
         padded_y, padded_state = run(**padded)
-        assert error(padded_y[:, before : before + 40], y) < backend.tolerance / 5
-        assert error(padded_state, state) < 2e-6
+        assert error(padded_y[:, before : before + 40], y) < backend.tolerance / 2
+        assert error(padded_state, state) < backend.state_tolerance / 2
 
 
 @pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if backend.tolerance == TOLERANCE])
