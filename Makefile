@@ -6,12 +6,15 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NATIVE := plugins/CMakeLists.txt $(wildcard plugins/matexport_plugins/*/*.cc plugins/matexport_plugins/*/*.h)
 
-.PHONY: help demo test check lint types docs train clean
+# with the newest, which constraints.txt names, all that the library of custom ops is tested in
+ONNXRUNTIMES := 1.20.1 1.23.2 1.25.1 1.28.0
+
+.PHONY: help demo test check lint types docs onnxruntimes train clean
 
 help:
 	@echo "make demo    set up .venv, then slice, export, build and verify the bundled model"
 	@echo "make test    set up .venv, then run all tests"
-	@echo "make check   lint, types, all tests (with the commands of the documentation)"
+	@echo "make check   lint, types, all tests (with the commands of the documentation, and in older ONNX Runtimes)"
 	@echo "make train   train the bundled model again (five seeds, about 25 minutes)"
 
 $(STAMP): pyproject.toml plugins/pyproject.toml constraints.txt $(NATIVE)
@@ -35,7 +38,17 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pytest -q tests/docs
 
-check: lint types test
+# each into a folder of its own, which tests/plugins/test_versions.py looks for
+onnxruntimes: $(STAMP)
+	@for version in $(ONNXRUNTIMES); do \
+	  test -d build/onnxruntime/$$version && continue; \
+	  rm -rf build/onnxruntime.part; \
+	  if $(BIN)/python -m pip install -q --no-deps --target build/onnxruntime.part onnxruntime==$$version; then \
+	    mkdir -p build/onnxruntime && mv build/onnxruntime.part build/onnxruntime/$$version; \
+	  else echo "onnxruntime $$version cannot be installed: its tests will be LEFT OUT"; fi; \
+	done
+
+check: lint types onnxruntimes test
 
 train: $(STAMP)
 	$(BIN)/python examples/digits/train.py

@@ -1,4 +1,7 @@
-"""Runs the ops of matexport_plugins, one node at a time: the float64 reference, and ONNX Runtime with our library."""
+"""Runs the ops of matexport_plugins, one at a time: the float64 reference, and all BACKENDS that there are.
+
+A new backend is a class like `TorchRunner` and a line in that table; tests/plugins/test_ops.py does the rest.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,21 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 import matexport_plugins
+import matexport_plugins.causal_conv1d.torch_op
+import matexport_plugins.mamba2_scan.torch_op
+from matexport.graph import stateful
+from matexport.graph.builder import Graph
 from matexport_plugins.causal_conv1d.reference import causal_conv1d
 from matexport_plugins.mamba2_scan.reference import mamba2_scan
 
@@ -33,6 +42,7 @@ class Op:
     state_axes: int
 
 
+ALONG_LENGTH = {"x", "dt_raw", "B", "C", "mask", "z"}
 SCAN = Op("Mamba2Scan", ("x", "dt_raw", "A", "B", "C", "D", "dt_bias", "state", "mask", "z"), mamba2_scan, state_axes=4)
 CONV = Op("CausalConv1d", ("x", "weight", "bias", "state", "mask"), causal_conv1d, state_axes=3)
 
@@ -90,24 +100,54 @@ def model_bytes(
     return helper.make_model(graph, ir_version=10, opset_imports=imports).SerializeToString()
 
 
-def session(model: bytes, isa: str, threads: int = 1) -> Any:
-    """A session with our library; `isa` names the kernels."""
+def graph_bytes(op: Op, inputs: Mapping[str, np.ndarray], form: str, attributes: Mapping[str, Any]) -> bytes:
+    """The op as an exported model has it, in one of its three forms; `custom` carries functions."""
+    g = Graph(op.name)
+    values = {k: g.input(k, "BOOL" if v.dtype == bool else "F32", [None] * v.ndim) for k, v in inputs.items()}
+    given = [values.get(name) for name in op.inputs if name != "z"]
+    groups, dt_limit = attributes.get("groups", 1), attributes.get("dt_limit", (0.0, np.inf))
+    kernel = 1
+    if op is CONV:
+        kernel = inputs["weight"].shape[-1]
+        outputs = stateful.causal_conv1d(g, form, *given, kernel=kernel)
+    else:
+        heads = len(inputs["A"])
+        outputs = stateful.mamba2_scan(g, form, *given, heads=heads, groups=groups, dt_limit=dt_limit)
+    for value, name, axes in zip(outputs, ("y", "final_state"), (3, op.state_axes), strict=True):
+        g.output(value, name, "F32", [None] * axes)
+    g.functions = stateful.functions(form, kernel=kernel, masked="mask" in inputs, dt_limit=dt_limit)
+    return ir.to_proto(g.to_model(producer_version="", metadata={})).SerializeToString()
+
+
+def session(model: bytes, isa: str | None, threads: int = 1) -> Any:
+    """A session with our library, `isa` naming its kernels; without it where that is None."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(library()))
-    with mock.patch.dict(os.environ, MATEXPORT_ISA=isa):
+    if isa is not None:
+        options.register_custom_ops_library(str(library()))
+    with mock.patch.dict(os.environ, MATEXPORT_ISA=isa or ""):
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+class Run(Protocol):
+    """One op with its attributes. Called with the inputs, it gives y and the final state in float32.
+
+    Memory is poisoned before: what it is going to write, and what it keeps from call to call, hold NaN.
+    """
+
+    def __call__(self, **inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 @dataclass
-class Runner:
-    """One op in ONNX Runtime. Memory is poisoned before every run: outputs, and what a kernel keeps, hold NaN."""
+class OrtRunner:
+    """In ONNX Runtime: with our kernels for `isa`, or in a form that needs none of them."""
 
     op: Op
-    isa: str
+    isa: str | None
     threads: int = 1
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    form: str = "custom"
 
     def __post_init__(self) -> None:
         self.sessions: dict[tuple[str, ...], Any] = {}
@@ -115,7 +155,13 @@ class Runner:
     def __call__(self, **inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         key = tuple(inputs)
         if key not in self.sessions:
-            self.sessions[key] = session(model_bytes(self.op, key, **self.attributes), self.isa, self.threads)
+            node = self.isa is not None
+            model = (
+                model_bytes(self.op, key, **self.attributes)
+                if node
+                else graph_bytes(self.op, inputs, self.form, self.attributes)
+            )
+            self.sessions[key] = session(model, self.isa, self.threads)
         runner = self.sessions[key]
         runner.run(None, {k: v if v.dtype == bool else np.full_like(v, np.nan) for k, v in inputs.items()})
         binding = runner.io_binding()
@@ -132,6 +178,81 @@ class Runner:
         y, state = outputs
         assert np.array_equal(binding.get_outputs()[0].numpy(), y, equal_nan=True)  # it wrote where the poison was
         return y, state
+
+
+@dataclass
+class TorchRunner:
+    """`torch.ops.matexport.*`; x, dt_raw, B, C, z are rounded to `dtype`."""
+
+    op: Op
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __call__(self, **inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        function = {SCAN: torch.ops.matexport.mamba2_scan, CONV: torch.ops.matexport.causal_conv1d}[self.op]
+        tensors = {k: torch.from_numpy(v).to(self.device) for k, v in inputs.items()}
+        tensors |= {k: v.to(self.dtype) for k, v in tensors.items() if k in ALONG_LENGTH and v.dtype != torch.bool}
+        torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN
+        try:
+            y, state = function(**tensors, **self.attributes)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert (y.dtype, state.dtype) == (self.dtype, torch.float32)
+        return y.float().cpu().numpy(), state.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`make(op, attributes, threads)` gives a `Run`.
+
+    Attributes:
+        tolerance, state_tolerance: of y and the state, relative to their largest values.
+        rounds: to what x, dt_raw, B, C, z are rounded before (the reference gets the rounded ones).
+        whole: it takes every input, and writes zeros where the mask is. The functions in our models have no z, need the
+            state, and leave masked steps of y without meaning.
+    """
+
+    make: Callable[[Op, Mapping[str, Any], int], Run]
+    tolerance: float = 1e-5
+    state_tolerance: float = 1e-5
+    rounds: torch.dtype = torch.float32
+    whole: bool = True
+
+    def takes(self, case: Mapping[str, Any]) -> bool:
+        return self.whole or "state" in case.get("optional", "state")
+
+    def inputs(self, given: Arrays) -> Arrays:
+        """What is left of a case's inputs: without z if it takes none, and rounded."""
+        return {
+            k: torch.from_numpy(v).to(self.rounds).float().numpy() if k in ALONG_LENGTH and v.dtype != bool else v
+            for k, v in given.items()
+            if self.whole or k != "z"
+        }
+
+
+def _ort(isa: str | None, form: str = "custom") -> Callable[[Op, Mapping[str, Any], int], Run]:
+    return lambda op, attributes, threads: OrtRunner(op, isa, threads, attributes, form)
+
+
+def _bfloat16(op: Op, attributes: Mapping[str, Any], threads: int) -> Run:
+    """Products in bfloat16 where the processor has them and the state's size fits; the convolution has none."""
+    return OrtRunner(op, "avx512", threads, {**attributes, "bfloat16": 1} if op is SCAN else attributes)
+
+
+def _torch(dtype: torch.dtype) -> Callable[[Op, Mapping[str, Any], int], Run]:
+    return lambda op, attributes, threads: TorchRunner(op, attributes, dtype)
+
+
+BACKENDS = {
+    **{f"ort-{isa}": Backend(_ort(isa)) for isa in instruction_sets()},
+    **({"ort-bfloat16": Backend(_bfloat16, 1e-2, 1e-2)} if "avx512_bf16" in processor_flags() else {}),
+    "ort-function": Backend(_ort(None), whole=False),  # of a model of form `custom`, our library not registered
+    "ort-stock": Backend(_ort(None, "stock"), whole=False),
+    "torch": Backend(_torch(torch.float32)),
+    "torch-bfloat16": Backend(_torch(torch.bfloat16), tolerance=1e-2, rounds=torch.bfloat16),
+    "torch-float16": Backend(_torch(torch.float16), tolerance=2e-3, rounds=torch.float16),
+}
 
 
 def state_shape(op: Op, inputs: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> tuple[int, ...]:
@@ -200,3 +321,17 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
         return 0.0
     assert got.shape == want.shape
     return float(np.abs(got - want).max() / max(float(np.abs(want).max()), 1e-30))
+
+
+def part(inputs: Mapping[str, np.ndarray], start: int, stop: int, state: np.ndarray) -> Arrays:
+    """Steps [start, stop) of a sequence, from this state."""
+    cut = {k: np.ascontiguousarray(v[:, start:stop]) if k in ALONG_LENGTH else v for k, v in inputs.items()}
+    return {**cut, "state": state}
+
+
+# an example of each op: 100 steps, some of them masked, and all other inputs
+INPUTS = {
+    SCAN: scan_inputs(1, batch=2, length=100, heads=4, P=24, N=16, groups=2, mask="holes"),
+    CONV: conv_inputs(2, batch=2, length=100, channels=24, k=4, mask="holes"),
+}
+ATTRIBUTES: dict[Op, dict[str, Any]] = {SCAN: {"groups": 2}, CONV: {}}

@@ -1,4 +1,4 @@
-"""The library of custom ops: states carried on, what it refuses, threads, and the ONNX Runtime that it meets."""
+"""The library of custom ops: what it refuses, threads, instruction sets, and the ONNX Runtime that it meets."""
 
 from __future__ import annotations
 
@@ -14,92 +14,26 @@ import pytest
 
 from matexport_plugins.mamba2_scan.reference import mamba2_scan
 from native_ops import (
+    ALONG_LENGTH,
+    ATTRIBUTES,
     CONV,
+    INPUTS,
     SCAN,
     Op,
-    Runner,
-    conv_inputs,
+    OrtRunner,
     error,
     instruction_sets,
     library,
     model_bytes,
+    part,
     processor_flags,
-    scan_inputs,
     session,
 )
 from support import REPOSITORY
 
 ISAS = instruction_sets()
-SHAPE = {"batch": 2, "heads": 4, "P": 24, "N": 16, "groups": 2}
-INPUTS = {SCAN: scan_inputs(1, length=100, mask="holes", **SHAPE),
-          CONV: conv_inputs(2, batch=2, length=100, channels=24, k=4, mask="holes")}  # fmt: skip
-ATTRIBUTES: dict[Op, dict[str, Any]] = {SCAN: {"groups": 2}, CONV: {}}
-ALONG_LENGTH = {"x", "dt_raw", "B", "C", "mask", "z"}
 both_ops = pytest.mark.parametrize("op", [SCAN, CONV], ids=lambda op: op.name)
 every_isa = pytest.mark.parametrize("isa", ISAS)
-
-
-def part(inputs: dict[str, np.ndarray], start: int, stop: int, state: np.ndarray) -> dict[str, np.ndarray]:
-    cut = {k: np.ascontiguousarray(v[:, start:stop]) if k in ALONG_LENGTH else v for k, v in inputs.items()}
-    return {**cut, "state": state}
-
-
-@both_ops
-@every_isa
-@pytest.mark.parametrize("pieces", [(50, 50), (1, 37, 62), (97, 1, 1, 1), (2, 2, 96)], ids=str)
-def test_states_carry_on(op: Op, isa: str, pieces: tuple[int, ...]) -> None:
-    run, inputs = Runner(op, isa, attributes=ATTRIBUTES[op]), INPUTS[op]
-    want, want_state = op.reference(**inputs, **ATTRIBUTES[op])
-    ys, state, start = [], inputs["state"], 0
-    for length in pieces:
-        y, state = run(**part(inputs, start, start + length, state))
-        ys.append(y)
-        start += length
-    assert error(np.concatenate(ys, 1), want) < 1e-5
-    assert error(state, want_state) < 1e-5
-
-
-@both_ops
-@every_isa
-def test_what_masked_steps_hold_does_not_matter(op: Op, isa: str) -> None:
-    run, inputs = Runner(op, isa, attributes=ATTRIBUTES[op]), INPUTS[op]
-    spoilt = {k: np.where(inputs["mask"][..., None], v, np.nan) if k in ALONG_LENGTH - {"mask"} else v
-              for k, v in inputs.items()}  # fmt: skip
-    for clean, dirty in zip(run(**inputs), run(**spoilt), strict=True):
-        assert np.array_equal(clean, dirty)
-
-
-@both_ops
-@every_isa
-def test_padding_at_either_side_is_exact(op: Op, isa: str) -> None:
-    """A sequence of 40 steps alone, and with 7 or 60 masked steps before or behind it."""
-    run = Runner(op, isa, attributes=ATTRIBUTES[op])
-    inputs = part(INPUTS[op], 0, 40, INPUTS[op]["state"]) | {"mask": np.ones((2, 40), bool)}
-    y, state = run(**inputs)
-    for before, behind in ((7, 0), (60, 0), (0, 7), (0, 60), (3, 20)):
-        width = {k: [(0, 0), (before, behind)] + [(0, 0)] * (v.ndim - 2) for k, v in inputs.items() if v.ndim > 1}
-        padded = {k: np.pad(v, width[k]) if k in ALONG_LENGTH else v for k, v in inputs.items()}
-        padded_y, padded_state = run(**padded)
-        assert error(padded_y[:, before : before + 40], y) < 2e-6
-        assert error(padded_state, state) < 2e-6
-
-
-@every_isa
-@pytest.mark.parametrize("chunk", ["dt 25, A -16: log decay -400 a step", "dt 0.02, A -0.005: hardly any decay"])
-def test_no_digit_is_lost_in_decays(isa: str, chunk: str) -> None:
-    """Constant steps, so that rounding errors of the decay add up instead of averaging out."""
-    strong, length = "-400" in chunk, 400 if "-400" in chunk else 4000
-    inputs = scan_inputs(5, batch=1, length=length, heads=2, P=4, N=8, groups=1, optional="")
-    inputs["dt_raw"] = np.full_like(inputs["dt_raw"], 25 if strong else -3.9)
-    inputs["dt_bias"] *= 0
-    inputs["A"] = np.full_like(inputs["A"], -16 if strong else -0.005)
-    inputs["x"], inputs["B"] = (np.abs(inputs[k]) for k in "xB")
-    if strong:  # now and then a step without decay, as after a cumulative sum of -400 each
-        inputs["dt_raw"][:, ::3] = -12
-    y, state = Runner(SCAN, isa)(**inputs)
-    want, want_state = mamba2_scan(**inputs)
-    assert error(y, want) < 1e-5
-    assert error(state, want_state) < 1e-5
 
 
 def wrong_tail(y: np.ndarray, state: np.ndarray, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +68,7 @@ FAULTS = [(CONV, wrong_tail), (CONV, newest_first), (SCAN, from_the_wrong_end), 
 
 @pytest.mark.parametrize(("op", "fault"), FAULTS, ids=lambda v: getattr(v, "__name__", ""))
 def test_the_comparison_can_fail(op: Op, fault: Any) -> None:
-    got = Runner(op, "portable", attributes=ATTRIBUTES[op])(**INPUTS[op])
+    got = OrtRunner(op, "portable", attributes=ATTRIBUTES[op])(**INPUTS[op])
     wrong = fault(*op.reference(**INPUTS[op], **ATTRIBUTES[op]), INPUTS[op])
     assert max(error(g, w) for g, w in zip(got, wrong, strict=True)) > 1e-2
 
@@ -142,7 +76,7 @@ def test_the_comparison_can_fail(op: Op, fault: Any) -> None:
 @both_ops
 @every_isa
 def test_the_number_of_threads_changes_no_bit(op: Op, isa: str) -> None:
-    one, many = (Runner(op, isa, threads, ATTRIBUTES[op])(**INPUTS[op]) for threads in (1, 3))
+    one, many = (OrtRunner(op, isa, threads, ATTRIBUTES[op])(**INPUTS[op]) for threads in (1, 3))
     assert all(np.array_equal(a, b) for a, b in zip(one, many, strict=True))
 
 
@@ -236,6 +170,20 @@ def test_the_instruction_set_can_be_forced() -> None:
         assert "avx2" in ISAS
 
 
+@every_isa
+def test_bfloat16_is_used_where_the_processor_has_it(isa: str) -> None:
+    """And nowhere else; never for a single step."""
+    for length in (100, 1):
+        inputs = part(INPUTS[SCAN], 0, length, INPUTS[SCAN]["state"])
+        exact, y = (
+            session(model_bytes(SCAN, tuple(inputs), groups=2, bfloat16=flag), isa).run(None, inputs)[0]
+            for flag in (0, 1)
+        )
+        used = isa == "avx512" and "avx512_bf16" in processor_flags() and length > 1
+        assert np.array_equal(exact, y) != used
+        assert error(y, exact) < 1e-2
+
+
 def test_an_onnxruntime_that_is_too_old_gets_a_status() -> None:
     """A runtime that knows API versions up to 16 only; all it can do for us is to make a status."""
     said: list[tuple[int, bytes]] = []
@@ -277,6 +225,6 @@ def test_kernels_share_no_inline_functions() -> None:
     """What is compiled for several instruction sets may not include headers whose functions the linker merges."""
     sources = REPOSITORY / "plugins" / "matexport_plugins"
     kernels = [*sources.glob("*/*_kernel.h"), sources / "native" / "vectors.h"]
-    assert len(kernels) == 3
+    assert len(kernels) == 5
     for path in kernels:
         assert "#include" not in path.read_text(), path

@@ -30,6 +30,9 @@ class Mamba2Scan {
     if (groups_ < 1) return refuse(api_, "Mamba2Scan: groups must be at least 1");
     if (!api_.attribute(info, "dt_limit", dt_limit_, 2) || !(dt_limit_[0] <= dt_limit_[1]))
       return refuse(api_, "Mamba2Scan: dt_limit must be two numbers, the smaller one first");
+    int64_t bf16 = 0;
+    api_.attribute(info, "bfloat16", &bf16);
+    bf16_ = bf16 && has_bf16_dots(kernels_);
     return nullptr;
   }
 
@@ -51,6 +54,7 @@ class Mamba2Scan {
     p.D = in[5].floats(), p.dt_bias = in[6].floats(), p.state = in[7].floats(), p.mask = in[8].bools();
     p.z = in[9].floats(), p.y = out[0].floats(), p.final_state = out[1].floats();
     p.dt_min = dt_limit_[0], p.dt_max = dt_limit_[1];
+    p.bf16 = bf16_ && p.N % 16 == 0 && p.N <= kMaxPairedState;
     return run(context, &p);
   }
 
@@ -116,6 +120,7 @@ class Mamba2Scan {
   Workspace workspace_;
   int64_t groups_ = 1;
   float dt_limit_[2] = {0.f, INFINITY};
+  bool bf16_ = false;
 };
 
 const ort::CustomOp kOp = custom_op<Mamba2Scan>();

@@ -9,6 +9,8 @@
 //       S   = (decay of the chunk) S + sum over s of B_s (decay from s to the end) dt_s x_s^T.
 // Decays are products or sums of steps in float64, never differences of float32 sums: those cancel.
 // A masked step has dt = 0 and is zero in B, C and x, so that it changes nothing, whatever it holds.
+// The products (ort_cpu_product_kernel.h) are of float, or of Pair: two steps, or two rows of the state, in bfloat16.
+// Sums are float32 in both, and so is the state. Single steps are in ort_cpu_step_kernel.h.
 
 // ---------------------------------------------------------------------------------------- sizes of tiles
 // A tile is Rows<W, NV> x NV vectors of accumulators in registers: 32 registers with AVX-512, 16 otherwise.
@@ -37,27 +39,10 @@ size_t scan_plan(ScanProblem *p) {
   p->cb_at = end, end += shared * kChunk * kChunk;
   p->dt_at = end, end += size_t(p->batch * p->heads * p->panel) * kChunk;
   p->b_at = end, end += p->mask ? shared * size_t(p->N) * kChunk : 0;
+  p->pairs_at = end, end += p->bf16 ? shared * size_t(p->N) * kChunk : 0;
   end = (end + round) & ~round;
   p->state_at = end, end += p->own_state ? size_t(p->batch * p->heads * p->N * p->stride) : 0;
   return end;
-}
-
-// ------------------------------------------------------------------------------------------- the products
-// tile[r][j] += sum over k < K of a[k * ak + r * ar] * (vector j of row k of b)
-template <int W, int R, int NV>
-MATEXPORT_INLINE void multiply(Floats<W> (&tile)[R][NV], const float *a, Size ar, Size ak, const float *b, Size ldb,
-                               Size K) {
-  for (Size k = 0; k < K; ++k, a += ak, b += ldb) {
-    Floats<W> row[NV];
-    MATEXPORT_UNROLL
-    for (int j = 0; j < NV; ++j) row[j] = load<W>(b + j * W);
-    MATEXPORT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const Floats<W> factor = splat<W>(a[r * ar]);
-      MATEXPORT_UNROLL
-      for (int j = 0; j < NV; ++j) tile[r][j] += factor * row[j];
-    }
-  }
 }
 
 // -------------------------------------------------------------------------------------------- scan_prepare
@@ -129,15 +114,30 @@ void scan_prepare(void *problem, size_t part) {
   Size s = 0;
   for (; s + 4 <= len; s += 4) products<W, 4>(bs, ldb, ct, N, s, len, cb);
   for (; s < len; ++s) products<W, 1>(bs, ldb, ct, N, s, len, cb);
+  if (p.bf16) {  // C as [pair of n][t], B as [pair of s][n]
+    Pair *c2 = reinterpret_cast<Pair *>(p.scratch + p.pairs_at + chunk * N * kChunk), *b2 = c2 + N / 2 * kChunk;
+    static const float zeros[W] = {};
+    for (Size n = 0; n < N; n += 2)
+      for (Size t = 0; t < kChunk; t += W)
+        store_pairs<W>(c2 + n / 2 * kChunk + t, load<W>(ct + n * kChunk + t), load<W>(ct + (n + 1) * kChunk + t));
+    for (Size i = 0; i < len; i += 2)
+      for (Size n = 0; n < N; n += W)
+        store_pairs<W>(b2 + i / 2 * N + n, load<W>(bs + i * ldb + n),
+                       load<W>(i + 1 < len ? bs + (i + 1) * ldb + n : zeros));
+  }
   const Size share = p.heads / p.groups;
   step_sizes<W>(p, b, t0, len, g * share, (g + 1) * share,
                 p.scratch + p.dt_at + b * p.heads * p.panel * kChunk + c * kChunk);
 }
 
 // ----------------------------------------------------------------------------------------------- scan_head
-// One chunk of one head.
+// One chunk of one head, with elements E in the products.
+template <class E>
 struct Chunk {
-  const float *x, *z, *b, *ct;  // rows of x and z are ldx floats apart, those of b ldb
+  static constexpr bool kPairs = __is_same(E, Pair);
+  static constexpr int kPer = kPairs ? 2 : 1;  // numbers in an element
+  const float *x, *z;                          // rows are ldx floats apart
+  const E *b, *ct;                             // rows of b are ldb elements apart
   float *y;
   const bool *mask;
   Size ldx, ldb, len, N, P, stride;
@@ -145,11 +145,17 @@ struct Chunk {
   alignas(64) float start[kChunk];      // decay from the start of the chunk to each step
   alignas(64) float end[kChunk];        // decay from each step to the end, times dt
   alignas(64) float W[kChunk * kChunk];  // [s][t]
+  alignas(64) E W2[kPairs ? kChunk / 2 * kChunk : 1];  // [pair of s][t]
+
+  const E *weights() const {
+    if constexpr (kPairs) return W2;
+    else return W;
+  }
 };
 
 // Decays and W from dt (zero beyond the chunk's length), A, D and cb.
-template <int W>
-MATEXPORT_INLINE void weigh(Chunk &c, const float *dt, float A, float D, const float *cb) {
+template <int W, class E>
+MATEXPORT_INLINE void weigh(Chunk<E> &c, const float *dt, float A, float D, const float *cb) {
   double sum = 0, sums[kChunk];
   for (int t = 0; t < kChunk; ++t) sums[t] = sum += double(dt[t]) * double(A);
   alignas(64) float step[kChunk + 1];
@@ -182,24 +188,31 @@ MATEXPORT_INLINE void weigh(Chunk &c, const float *dt, float A, float D, const f
       store<W>(c.W + s * kChunk + j * W, (decay[j] > 0.f ? product : Floats<W>{}) + diagonal * D);
     }
   }
+  if constexpr (Chunk<E>::kPairs) {
+    for (Size s = 0; s < c.len; s += 2)
+      for (Size t = 0; t < kChunk; t += W)
+        store_pairs<W>(c.W2 + s / 2 * kChunk + t, load<W>(c.W + s * kChunk + t),
+                       s + 1 < c.len ? load<W>(c.W + (s + 1) * kChunk + t) : Floats<W>{});
+  }
 }
 
 // R rows of y from step t on, and R rows of the state from row n on, for NV vectors of columns.
-template <int W, int R, int NV>
-MATEXPORT_INLINE void rows_of_y(const Chunk &c, Size t, Size column, const float *S, const float *x) {
+template <int W, int R, int NV, class E>
+MATEXPORT_INLINE void rows_of_y(const Chunk<E> &c, Size t, Size column, const E *S, Size lds, const E *x) {
+  constexpr int per = Chunk<E>::kPer;
   Floats<W> tile[R][NV];
   MATEXPORT_UNROLL
   for (int r = 0; r < R; ++r) {
     MATEXPORT_UNROLL
     for (int j = 0; j < NV; ++j) tile[r][j] = Floats<W>{};
   }
-  multiply<W, R, NV>(tile, c.ct + t, 1, kChunk, S, c.stride, c.N);
+  multiply<W, R, NV>(tile, c.ct + t, 1, kChunk, S, lds, c.N / per);
   MATEXPORT_UNROLL
   for (int r = 0; r < R; ++r) {
     MATEXPORT_UNROLL
     for (int j = 0; j < NV; ++j) tile[r][j] *= c.start[t + r];
   }
-  multiply<W, R, NV>(tile, c.W + t, 1, kChunk, x, NV * W, smaller(t + R, c.len));
+  multiply<W, R, NV>(tile, c.weights() + t, 1, kChunk, x, NV * W, (smaller(t + R, c.len) + per - 1) / per);
   float *y = c.y + t * c.ldx + column;
   if (t + R <= c.len && column + NV * W <= c.P && !c.z && !c.mask) {
     MATEXPORT_UNROLL
@@ -225,15 +238,16 @@ MATEXPORT_INLINE void rows_of_y(const Chunk &c, Size t, Size column, const float
     }
 }
 
-template <int W, int R, int NV>
-MATEXPORT_INLINE void rows_of_state(const Chunk &c, Size n, float *S, const float *x) {
+template <int W, int R, int NV, class E>
+MATEXPORT_INLINE void rows_of_state(const Chunk<E> &c, Size n, float *S, const E *x) {
+  constexpr int per = Chunk<E>::kPer;
   Floats<W> tile[R][NV];
   MATEXPORT_UNROLL
   for (int r = 0; r < R; ++r) {
     MATEXPORT_UNROLL
     for (int j = 0; j < NV; ++j) tile[r][j] = load<W>(S + (n + r) * c.stride + j * W) * c.whole;
   }
-  multiply<W, R, NV>(tile, c.b + n, 1, c.ldb, x, NV * W, c.len);
+  multiply<W, R, NV>(tile, c.b + n, 1, c.ldb, x, NV * W, (c.len + per - 1) / per);
   MATEXPORT_UNROLL
   for (int r = 0; r < R; ++r) {
     MATEXPORT_UNROLL
@@ -241,37 +255,65 @@ MATEXPORT_INLINE void rows_of_state(const Chunk &c, Size n, float *S, const floa
   }
 }
 
+// Row s of the columns of x: zero where it is masked, or beyond the end.
+template <int W, int NV, class E>
+MATEXPORT_INLINE void row_of_x(const Chunk<E> &c, Size s, Size column, Floats<W> (&row)[NV]) {
+  const bool plain = column + NV * W <= c.P, real = s < c.len && !(c.mask && !c.mask[s]);
+  const float *from = c.x + s * c.ldx + column;
+  MATEXPORT_UNROLL
+  for (int j = 0; j < NV; ++j)
+    row[j] = !real ? Floats<W>{} : plain ? load<W>(from + j * W) : load<W>(from + j * W, c.P - column - j * W);
+}
+
 // NV vectors of columns: y and the state of one chunk.
-template <int W, int NV>
-__attribute__((noinline)) void columns(const Chunk &c, Size column, float *S) {
-  constexpr int R = rows_of(NV);
-  alignas(64) float x[kChunk * NV * W], ended[kChunk * NV * W];
-  const bool plain = column + NV * W <= c.P;
-  for (Size s = 0; s < c.len; ++s) {
-    MATEXPORT_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      const float *from = c.x + s * c.ldx + column + j * W;
-      Floats<W> v = plain ? load<W>(from) : load<W>(from, c.P - column - j * W);
-      if (c.mask && !c.mask[s]) v = Floats<W>{};
-      store<W>(x + (s * NV + j) * W, v);
-      store<W>(ended + (s * NV + j) * W, v * c.end[s]);
+template <int W, int NV, class E>
+__attribute__((noinline)) void columns(const Chunk<E> &c, Size column, float *S) {
+  constexpr int R = rows_of(NV), ld = NV * W;
+  alignas(64) E x[kChunk / Chunk<E>::kPer * ld], ended[kChunk / Chunk<E>::kPer * ld];
+  Floats<W> row[NV], next[NV];
+  if constexpr (Chunk<E>::kPairs) {
+    alignas(64) E S2[kMaxPairedState / 2 * ld];
+    for (Size n = 0; n < c.N; n += 2) {
+      MATEXPORT_UNROLL
+      for (int j = 0; j < NV; ++j)
+        store_pairs<W>(S2 + n / 2 * ld + j * W, load<W>(S + n * c.stride + j * W),
+                       load<W>(S + (n + 1) * c.stride + j * W));
     }
+    for (Size s = 0; s < c.len; s += 2) {
+      row_of_x<W, NV>(c, s, column, row);
+      row_of_x<W, NV>(c, s + 1, column, next);
+      MATEXPORT_UNROLL
+      for (int j = 0; j < NV; ++j) {
+        store_pairs<W>(x + s / 2 * ld + j * W, row[j], next[j]);
+        store_pairs<W>(ended + s / 2 * ld + j * W, row[j] * c.end[s], next[j] * c.end[s + 1]);
+      }
+    }
+    for (Size t = 0; t < c.len; t += R) rows_of_y<W, R, NV>(c, t, column, S2, ld, x);
+  } else {
+    for (Size s = 0; s < c.len; ++s) {
+      row_of_x<W, NV>(c, s, column, row);
+      MATEXPORT_UNROLL
+      for (int j = 0; j < NV; ++j) {
+        store<W>(x + s * ld + j * W, row[j]);
+        store<W>(ended + s * ld + j * W, row[j] * c.end[s]);
+      }
+    }
+    for (Size t = 0; t < c.len; t += R) rows_of_y<W, R, NV>(c, t, column, S, c.stride, x);
   }
-  for (Size t = 0; t < c.len; t += R) rows_of_y<W, R, NV>(c, t, column, S, x);
   Size n = 0;
   for (; n + R <= c.N; n += R) rows_of_state<W, R, NV>(c, n, S, ended);
   for (; n + 4 <= c.N; n += 4) rows_of_state<W, 4, NV>(c, n, S, ended);
   for (; n < c.N; ++n) rows_of_state<W, 1, NV>(c, n, S, ended);
 }
 
-template <int W, int NV = kMaxVectors>
-MATEXPORT_INLINE void some_columns(int vectors, const Chunk &c, Size column, float *S) {
+template <int W, int NV = kMaxVectors, class E>
+MATEXPORT_INLINE void some_columns(int vectors, const Chunk<E> &c, Size column, float *S) {
   if (vectors == NV) return columns<W, NV>(c, column, S + column);
   if constexpr (NV > 1) some_columns<W, NV - 1>(vectors, c, column, S);
 }
 
-template <int W>
-MATEXPORT_INLINE void all_columns(const Chunk &c, float *S) {
+template <int W, class E>
+MATEXPORT_INLINE void all_columns(const Chunk<E> &c, float *S) {
   for (Size left = c.stride / W, column = 0; left > 0;) {
     int vectors = int(left);
     if (left > kMaxVectors) vectors = left == kMaxVectors + 1 ? (kMaxVectors + 1) / 2 : kManyRegisters ? 4 : 3;
@@ -288,24 +330,29 @@ MATEXPORT_INLINE void copy_rows(const float *source, Size from, float *target, S
   }
 }
 
-void scan_head(void *problem, size_t part) {
-  const ScanProblem &p = *static_cast<const ScanProblem *>(problem);
+template <class E>
+MATEXPORT_INLINE void scan_head_in(const ScanProblem &p, size_t part) {
   const Size b = Size(part) / p.heads, h = Size(part) % p.heads, g = h / (p.heads / p.groups), N = p.N;
   const Size all = (p.length + kChunk - 1) / kChunk, ld = p.groups * N, bg = b * p.groups + g;
   const Size at = Size(part) * N * p.P;
   float *S = p.own_state ? p.scratch + p.state_at + Size(part) * N * p.stride : p.final_state + at;
   if (p.first == 0) copy_rows(p.state ? p.state + at : nullptr, p.P, S, p.stride, N, p.P, true);
   const float *dt = p.scratch + p.dt_at + Size(part) * p.panel * kChunk;
-  Chunk c;
-  c.ldx = p.heads * p.P, c.N = N, c.P = p.P, c.stride = p.stride, c.ldb = p.mask ? N : ld;
+  Chunk<E> c;
+  c.ldx = p.heads * p.P, c.N = N, c.P = p.P, c.stride = p.stride, c.ldb = p.mask || p.bf16 ? N : ld;
   for (Size i = 0; i < p.chunks; ++i) {
     const Size t0 = (p.first + i) * kChunk, row = b * p.length + t0, in = row * c.ldx + h * p.P;
     const Size chunk = bg * p.panel + i;
     c.len = smaller(kChunk, p.length - t0);
     c.x = p.x + in, c.y = p.y + in, c.z = p.z ? p.z + in : nullptr;
     c.mask = p.mask ? p.mask + row : nullptr;
-    c.ct = p.scratch + p.c_at + chunk * N * kChunk;
-    c.b = p.mask ? p.scratch + p.b_at + chunk * N * kChunk : p.B + row * ld + g * N;
+    if constexpr (Chunk<E>::kPairs) {
+      c.ct = reinterpret_cast<const Pair *>(p.scratch + p.pairs_at + chunk * N * kChunk);
+      c.b = c.ct + N / 2 * kChunk;
+    } else {
+      c.ct = p.scratch + p.c_at + chunk * N * kChunk;
+      c.b = p.mask ? p.scratch + p.b_at + chunk * N * kChunk : p.B + row * ld + g * N;
+    }
     weigh<MATEXPORT_LANES>(c, dt + i * kChunk, p.A[h], p.D[h], p.scratch + p.cb_at + chunk * kChunk * kChunk);
     switch (lanes_for(p.P)) {
 #if MATEXPORT_LANES >= 16
@@ -321,48 +368,10 @@ void scan_head(void *problem, size_t part) {
     copy_rows(S, p.stride, p.final_state + at, p.P, N, p.P, false);
 }
 
-// ----------------------------------------------------------------------------------------------- scan_step
-// Columns of a single step: NV vectors, the last one of `count` lanes.
-template <int W, int NV>
-MATEXPORT_INLINE void step_columns(const ScanProblem &p, Size head, Size column, Size count, const float *B,
-                                   const float *C, float dt, float decay, float D) {
-  const Size row = head * p.P + column, last = NV - 1;
-  Floats<W> x[NV], y[NV] = {};
-  for (int j = 0; j < NV; ++j) x[j] = load<W>(p.x + row + j * W, j == last ? count : W);
-  const float *in = p.state ? p.state + head * p.N * p.P + column : nullptr;
-  float *out = p.final_state ? p.final_state + head * p.N * p.P + column : nullptr;
-  for (Size n = 0; n < p.N; ++n)
-    for (int j = 0; j < NV; ++j) {
-      Floats<W> s = x[j] * (dt * B[n]);
-      if (in) s += load<W>(in + n * p.P + j * W, j == last ? count : W) * decay;
-      if (out) store<W>(out + n * p.P + j * W, s, j == last ? count : W);
-      y[j] += s * C[n];
-    }
-  for (int j = 0; j < NV; ++j) {
-    Floats<W> v = y[j] + x[j] * D;
-    if (p.z) v *= silu<W>(load<W>(p.z + row + j * W, j == last ? count : W));
-    store<W>(p.y + row + j * W, v, j == last ? count : W);
-  }
-}
-
-void scan_step(void *problem, size_t part) {
+void scan_head(void *problem, size_t part) {
   const ScanProblem &p = *static_cast<const ScanProblem *>(problem);
-  constexpr int W = MATEXPORT_LANES;
-  const Size head = Size(part), b = head / p.heads, h = head % p.heads, N = p.N, P = p.P;
-  if (p.mask && !p.mask[b]) {
-    for (Size i = 0; i < P; ++i) p.y[head * P + i] = 0.f;
-    const Size at = head * N * P;
-    if (p.final_state) copy_rows(p.state ? p.state + at : nullptr, P, p.final_state + at, P, N, P, false);
-    return;
-  }
-  float dt = softplus<4>(splat<4>(p.dt_raw[head] + p.dt_bias[h]))[0];
-  dt = dt < p.dt_min ? p.dt_min : dt > p.dt_max ? p.dt_max : dt;
-  const float decay = exponential<4>(splat<4>(dt * p.A[h]))[0], D = p.D[h];
-  const Size group = (b * p.groups + h / (p.heads / p.groups)) * N;
-  const float *B = p.B + group, *C = p.C + group;
-  Size column = 0;
-  for (; column + 4 * W <= P; column += 4 * W) step_columns<W, 4>(p, head, column, W, B, C, dt, decay, D);
-  for (; column + W <= P; column += W) step_columns<W, 1>(p, head, column, W, B, C, dt, decay, D);
-  for (; column + 4 <= P; column += 4) step_columns<4, 1>(p, head, column, 4, B, C, dt, decay, D);
-  if (column < P) step_columns<4, 1>(p, head, column, P - column, B, C, dt, decay, D);
+#if MATEXPORT_BF16
+  if (p.bf16) return scan_head_in<Pair>(p, part);
+#endif
+  scan_head_in<float>(p, part);
 }

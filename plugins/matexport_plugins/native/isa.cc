@@ -46,4 +46,12 @@ const Kernels *choose_kernels(char *problem, size_t size) {
   return nullptr;
 }
 
+bool has_bf16_dots([[maybe_unused]] const Kernels &kernels) {
+#if defined(MATEXPORT_WITH_X86)
+  return &kernels == &kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace matexport

@@ -26,4 +26,7 @@ extern const Kernels kPortable, kAvx2, kAvx512;
 // here; then `problem` (of `size` bytes) says why.
 const Kernels *choose_kernels(char *problem, size_t size);
 
+// Whether these kernels can multiply in bfloat16, and the CPU has the instruction for it.
+bool has_bf16_dots(const Kernels &kernels);
+
 }  // namespace matexport

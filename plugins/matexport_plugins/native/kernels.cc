@@ -2,6 +2,9 @@
 //   MATEXPORT_ISA    the namespace (portable, avx2, avx512)
 //   MATEXPORT_TABLE  the name of its table (kPortable, kAvx2, kAvx512)
 //   MATEXPORT_LANES  floats in its widest vector
+//   MATEXPORT_BF16   1 where the instruction for products in bfloat16 may be asked for at run time
+#define MATEXPORT_BF16 (MATEXPORT_LANES == 16)
+
 #include "../causal_conv1d/ort_cpu.h"
 #include "../mamba2_scan/ort_cpu.h"
 #include "isa.h"
@@ -12,7 +15,9 @@ namespace {
 #include "vectors.h"
 
 #include "../causal_conv1d/ort_cpu_kernel.h"
+#include "../mamba2_scan/ort_cpu_product_kernel.h"
 #include "../mamba2_scan/ort_cpu_kernel.h"
+#include "../mamba2_scan/ort_cpu_step_kernel.h"
 }  // namespace
 }  // namespace MATEXPORT_ISA
 
