@@ -35,7 +35,7 @@ def test_against_the_reference(op: str, case: dict[str, Any], dtype: Any) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("P", [16, 24, 32, 48, 64])
 def test_all_tiles_at_the_sizes_of_matmamba(P: int, dtype: Any) -> None:
-    for tiles in scan_op.candidates(P, 128, 64, dtype):
+    for tiles in scan_op.candidates(P, 128, 64, dtype, scan_op.capability(torch.device("cuda"))):
         for segments in (1, 2):
             found = errors("scan", {**WIDE, "P": P, "length": 300}, dtype, tiles=tiles, segments=segments)
             assert max(found) < TOLERANCES[dtype], (tiles, segments)

@@ -14,6 +14,8 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with mock.patch.dict(os.environ, {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}):
+    import triton.experimental.gluon  # noqa: F401  (Triton's launch imports it, and it looks at the variable as well)
+
     from matexport_plugins.causal_conv1d import triton_op as conv_op
     from matexport_plugins.mamba2_scan import triton_op as scan_op
 

@@ -32,7 +32,7 @@ def test_segments_of_a_sequence(segments: int, optional: str) -> None:
 @pytest.mark.parametrize("P", [16, 48, 80])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_tile_that_may_be_chosen(P: int, dtype: torch.dtype) -> None:
-    for tiles in scan_op.candidates(P, 16, 3, dtype):
+    for tiles in scan_op.candidates(P, 16, 3, dtype, 80):
         case = {**TINY, "heads": 3, "P": P, "length": 150}
         assert max(errors("scan", case, dtype, tiles=tiles)) < TOLERANCES[dtype], tiles
 
@@ -139,14 +139,16 @@ def test_the_interpreter_is_not_trusted_with_bfloat16() -> None:
     assert not of_y < TOLERANCES[torch.bfloat16]
 
 
-def test_the_rules_for_tiles() -> None:
+def test_the_rules_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [scan_op.head_tile(P, 128) for P in (1, 16, 24, 48, 64, 80, 128, 200)] == [16, 16, 32, 64, 64, 32, 64, 64]
     assert scan_op.head_tile(64, 256) == 32
     # a batch of one fills an H200 (132 processors) with one head to a program, in segments if it is long enough
     h200 = 132
-    short, long = (scan_op.choose(1, n, 64, 1, 16, 128, torch.bfloat16, h200) for n in (197, 16384))
+    monkeypatch.setattr(scan_op, "processors", lambda device: h200)
+    cpu = torch.device("cpu")
+    short, long = (scan_op.choose(1, n, 64, 1, 16, 128, torch.bfloat16, cpu) for n in (197, 16384))
     assert (short.heads, long.heads) == (1, 4)
     assert scan_op.useful_segments(64, 197, h200) == 1
     assert scan_op.useful_segments(16, 16384, h200) == 16
     assert scan_op.useful_segments(67, 16384, h200) == 1
-    assert np.ptp([t.heads * t.p for t in scan_op.candidates(24, 128, 64, torch.bfloat16)]) == 96
+    assert np.ptp([t.heads * t.p for t in scan_op.candidates(24, 128, 64, torch.bfloat16, 90)]) == 96

@@ -20,16 +20,17 @@ import dataclasses, sys, torch
 from matexport_plugins import aot
 from matexport_plugins.causal_conv1d import triton_aot as conv
 from matexport_plugins.mamba2_scan import triton_aot as scan
+capability = int(sys.argv[1])
 bf16, everything = torch.bfloat16, {"state": True, "mask": True, "z": True}
 launches = [
-    *scan.launches(heads=64, P=64, N=128, dtype=bf16),
-    *scan.launches(heads=64, P=24, N=128, dtype=bf16, **everything)[1:],
+    *scan.launches(heads=64, P=64, N=128, dtype=bf16, capability=capability),
+    *scan.launches(heads=64, P=24, N=128, dtype=bf16, capability=capability, **everything)[1:],
     *scan.launches(heads=6, P=80, N=64, groups=2, **everything, dt_limit=(0.001, 0.1)),
     *scan.launches(heads=64, P=48, N=128, dtype=bf16, step=True, **everything),
     *conv.launches(channels=4352, k=4, dtype=torch.float16, state=True),
 ]
 for launch in launches:
-    compiled = aot.compile_kernel(launch, int(sys.argv[1]))
+    compiled = aot.compile_kernel(launch, capability)
     aot.assemble(compiled.ptx, compiled.target)
     print(compiled.metadata().replace("\\n", ""))
     print(repr(compiled.ptx))

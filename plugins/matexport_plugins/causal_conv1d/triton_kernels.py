@@ -71,7 +71,7 @@ def conv_kernel(
         if counts_ptr is not None:
             total = tl.load(counts_ptr + b * length + length - 1)
         column = tl.arange(0, KT)
-        number = tl.where(column < K - 1, total - (K - 2) + column, -K)
-        new = value_of(number, x_ptr, state_ptr, places_ptr, b, length, x_row, channel, inside, K, C)
+        kept = tl.where(column < K - 1, total - (K - 2) + column, -K)
+        new = value_of(kept, x_ptr, state_ptr, places_ptr, b, length, x_row, channel, inside, K, C)
         at = (b * C + channel[None, :]) * (K - 1) + column[:, None]
         tl.store(final_ptr + at, new.to(final_ptr.dtype.element_ty), mask=(column < K - 1)[:, None] & inside[None, :])

@@ -21,7 +21,7 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 def launches(
     *, heads: int, P: int, N: int, groups: int = 1, dtype: torch.dtype = torch.float32, step: bool = False,
     state: bool = False, mask: bool = False, z: bool = False, dt_limit: tuple[float, float] = (0.0, math.inf),
-    tiles: Tiles | None = None,
+    capability: int = 90, tiles: Tiles | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of one call, in order, on contiguous tensors.
 
@@ -29,6 +29,7 @@ def launches(
         dtype: of x, dt_raw, B, C, z and y. A, D, dt_bias and the states are float32.
         step: length 1, rather than any length.
         state, mask, z: whether these inputs are there.
+        capability: of the GPU that the tiles are chosen for, where `tiles` does not say.
     """
     row = f"*{TYPES[dtype]}"
     types = {
@@ -51,7 +52,7 @@ def launches(
         constants = {**dict.fromkeys(absent), **strides, **limits, **sizes, "PT": PT}
         grid = (str(triton.cdiv(P, PT)), str(heads), "batch")
         return [Launch(step_kernel, passed, constants, {}, grid, warps=4 if NT * PT >= 2048 else 1)]
-    tiles = tiles or candidates(P, N, heads // groups, dtype)[0]
+    tiles = tiles or candidates(P, N, heads // groups, dtype, capability)[0]
     Q, parts = tiles.Q, 3 if dtype == torch.float32 else 2
     HT = min(16, triton.next_power_of_2(heads))
     chunks = f"((length + {Q - 1}) // {Q})"

@@ -78,7 +78,7 @@ def mamba2_scan(
             return y, final
         if tiles is None:
             key = tuning_key(batch, length, heads, groups, P, N, x.dtype, x.device)
-            tiles = _tuned.get(key) or choose(batch, length, heads, groups, P, N, x.dtype, processors(x.device))
+            tiles = _tuned.get(key) or choose(batch, length, heads, groups, P, N, x.dtype, x.device)
         Q = tiles.Q
         chunks, parts = triton.cdiv(length, Q), 3 if x.dtype == torch.float32 else 2
         sums = torch.empty((parts, batch, heads, chunks * Q), device=x.device)
@@ -162,6 +162,15 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
+@functools.cache
+def capability(device: torch.device) -> int:
+    """90 for an H200."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def step_tile(heads: int, P: int, processors: int) -> int:
     """Columns of a program of the step kernel: few where there would be too few programs, never below 64 bytes."""
     PT = min(64, max(16, triton.next_power_of_2(P)))
@@ -184,17 +193,19 @@ def useful_segments(programs: int, length: int, processors: int) -> int:
     return max(1, min(MAX_SEGMENTS, length // 256, 2 * processors // programs))
 
 
-def candidates(P: int, N: int, share: int, dtype: torch.dtype) -> list[Tiles]:
+def candidates(P: int, N: int, share: int, dtype: torch.dtype, capability: int) -> list[Tiles]:
     """The tiles worth measuring, the likeliest first; `share` is the number of heads in a group."""
     p = head_tile(P, N)
     columns = max(p, 64 if N <= 128 else 32)
     if dtype == torch.float32:
-        shapes = [(columns // 2, 32, 4, 2), (columns, 32, 8, 2), (columns // 2, 16, 4, 2)]
+        shapes = [(columns // 2, 16, 4, 2), (columns // 4, 16, 4, 2), (columns, 16, 8, 2)]
     else:
         shapes = [
             (columns, 64, 4, 2), (columns, 64, 4, 3), (columns, 64, 8, 2), (2 * columns, 64, 8, 2),
             (columns, 128, 8, 2), (columns, 32, 4, 3), (columns // 2, 64, 4, 2),
         ]  # fmt: skip
+        if capability // 10 not in (9, 10):  # without Hopper's products from shared memory, registers are short
+            shapes.insert(0, (columns, 64, 8, 2))
     found = [
         Tiles(Q, min(max(1, c // p), triton.next_power_of_2(share)), min(p, max(16, c)), warps, stages)
         for c, Q, warps, stages in shapes
@@ -203,13 +214,13 @@ def candidates(P: int, N: int, share: int, dtype: torch.dtype) -> list[Tiles]:
 
 
 def choose(
-    batch: int, length: int, heads: int, groups: int, P: int, N: int, dtype: torch.dtype, processors: int
+    batch: int, length: int, heads: int, groups: int, P: int, N: int, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
     """By a rule: the likeliest tiles, with fewer heads to a program where the GPU would not be filled otherwise."""
-    first = candidates(P, N, heads // groups, dtype)[0]
+    first = candidates(P, N, heads // groups, dtype, capability(device))[0]
     packed = first.heads
     tiles = triton.cdiv(P, first.p) * batch * groups * max(1, min(MAX_SEGMENTS, length // 256))
-    while packed > 1 and tiles * triton.cdiv(heads // groups, packed) < processors:
+    while packed > 1 and tiles * triton.cdiv(heads // groups, packed) < processors(device):
         packed //= 2
     return Tiles(first.Q, packed, first.p, first.warps, first.stages)
 
@@ -229,8 +240,8 @@ def tune(x: torch.Tensor, dt_raw: torch.Tensor, A: torch.Tensor, B: torch.Tensor
     heads, groups = A.shape[0], options.get("groups", 1)
     P, N = width // heads, B.shape[2] // groups
     seconds: dict[Tiles, float] = {}
-    rule = choose(batch, length, heads, groups, P, N, x.dtype, processors(x.device))
-    for tiles in dict.fromkeys([rule, *candidates(P, N, heads // groups, x.dtype)]):
+    rule = choose(batch, length, heads, groups, P, N, x.dtype, x.device)
+    for tiles in dict.fromkeys([rule, *candidates(P, N, heads // groups, x.dtype, capability(x.device))]):
         run = functools.partial(mamba2_scan, x, dt_raw, A, B, *args, **options, tiles=tiles)
         with contextlib.suppress(OutOfResources):  # a GPU with less shared memory
             seconds[tiles] = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
