@@ -48,7 +48,8 @@ gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { \
 	  echo "make gpu: needs an NVIDIA GPU, and a CUDA build of PyTorch in $(PYTHON) (PYTHON=... names another one)" >&2; exit 5; }
 	mkdir -p $(OUT)
-	PYTHONPATH=exporter:plugins timeout 200 $(PYTHON) -m pytest -q tests/gpu --junitxml=$(OUT)/tests-gpu.xml
+	PYTHONPATH=exporter:plugins timeout 240 $(PYTHON) -m pytest -q tests/gpu --junitxml=$(OUT)/tests-gpu.xml \
+	  $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 	$(PYTHON) benchmarks/gpu_scan.py --out $(OUT) --seconds 210
 
 clean:

@@ -272,6 +272,11 @@ def compare(ways: dict[str, Callable[[Tensors], Way]], inputs: Tensors, least: f
     return found
 
 
+def in_words(found: dict[str, Any]) -> str:
+    slower = f", {found['times_ours']['median']} x our time" if "times_ours" in found else ""
+    return f"{found['roofline']['median']:.0%} of the roofline{slower}"
+
+
 def ceilings() -> dict[str, float]:
     """What this GPU copies (bytes read and written a second) and multiplies (bfloat16, random data; FLOP a second)."""
     if DRY:
@@ -337,8 +342,7 @@ def main() -> None:
             key = triton_op.tuning_key(batch, length, HEADS, 1, P, N, DTYPE, inputs["x"].device)
             point["tiles"] = vars(triton_op._tuned[key]) if key in triton_op._tuned else "by the rule"
         for name, found in point["ways"].items():
-            words = found if isinstance(found, str) else f"{found['roofline']['median']:.0%} of the roofline"
-            say(f"  {name}: {words}" + (f", {found['times_ours']['median']} x ours" if "times_ours" in found else ""))
+            say(f"  {name}: {found if isinstance(found, str) else 'right' if DRY else in_words(found)}")
         del inputs
         if not DRY:
             torch.cuda.empty_cache()

@@ -176,7 +176,7 @@ def assemble(ptx: str, target: str) -> None:
         f.write(ptx)
         f.flush()
         program = tool("ptxas" if int(re.sub(r"\D", "", target)) < 100 else "ptxas-blackwell")
-        command = [program, "-arch", target, f.name, "-o", os.devnull]
+        command = [str(program), "-arch", target, f.name, "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(done.stderr.strip() or done.stdout.strip())

@@ -32,8 +32,8 @@ def test_against_the_reference(op: str, case: dict[str, Any], dtype: Any) -> Non
     assert max(errors(op, case, dtype)) < TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("P", [16, 24, 32, 48, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("P", [16, 24, 48, 64])
 def test_all_tiles_at_the_sizes_of_matmamba(P: int, dtype: Any) -> None:
     for tiles in scan_op.candidates(P, 128, 64, dtype, scan_op.capability(torch.device("cuda"))):
         for segments in (1, 2):

@@ -25,10 +25,11 @@ bf16, everything = torch.bfloat16, {"state": True, "mask": True, "z": True}
 launches = [
     *scan.launches(heads=64, P=64, N=128, dtype=bf16, capability=capability),
     *scan.launches(heads=64, P=24, N=128, dtype=bf16, capability=capability, **everything)[1:],
-    *scan.launches(heads=6, P=80, N=64, groups=2, **everything, dt_limit=(0.001, 0.1)),
     *scan.launches(heads=64, P=48, N=128, dtype=bf16, step=True, **everything),
     *conv.launches(channels=4352, k=4, dtype=torch.float16, state=True),
 ]
+if capability in (80, 90):
+    launches += scan.launches(heads=6, P=80, N=64, groups=2, **everything, dt_limit=(0.001, 0.1))
 for launch in launches:
     compiled = aot.compile_kernel(launch, capability)
     aot.assemble(compiled.ptx, compiled.target)
@@ -55,7 +56,8 @@ def test_everything_compiles_within_the_limits_of_the_gpu(capability: int, cache
     lines = done.stdout.splitlines()
     kernels = [json.loads(line) for line in lines[::2]]
     assert [k["name"] for k in kernels] == [
-        "sums_kernel", "scan_kernel", "scan_kernel", "sums_kernel", "scan_kernel", "step_kernel", "conv_kernel",
+        "sums_kernel", "scan_kernel", "scan_kernel", "step_kernel", "conv_kernel",
+        *(["sums_kernel", "scan_kernel"] if capability in (80, 90) else []),
     ]  # fmt: skip
     suffix = "a" if capability >= 90 else ""
     major, minor = divmod(aot.PTX_ISA[capability], 10)
@@ -68,12 +70,19 @@ def test_everything_compiles_within_the_limits_of_the_gpu(capability: int, cache
         assert kernel["hidden"] == 2
         assert len(aot.parameters(ptx)) == len(kernel["arguments"])
         assert set(kernel["numbers"]) == {k for k, v in kernel["arguments"].items() if v == "i32"}
+        if kernel["name"] == "scan_kernel" and "bf16" in kernel["arguments"]["x_ptr"]:
+            assert tensor_cores(capability) in ptx
         assert not re.search(r"\.file|\.loc|/tmp|/home|plugins/", ptx)  # no folder of the machine that compiled it
 
 
+def tensor_cores(capability: int) -> str:
+    """The instruction that multiplies matrices fastest there."""
+    return {9: "wgmma.mma_async", 10: "tcgen05.mma"}.get(capability // 10, "mma.sync.aligned")
+
+
 def spill_budget(kernel: dict[str, Any]) -> int:
-    """Bytes of stack a thread: none, except in the scan, whose state and products fill the registers."""
-    return 400 if kernel["name"] == "scan_kernel" else 0
+    """Bytes of stack a thread: hardly any, except in the scan, whose state and products fill the registers."""
+    return 192 if kernel["name"] == "scan_kernel" else 16
 
 
 def test_what_is_refused() -> None:
