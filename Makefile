@@ -49,8 +49,8 @@ gpu:
 	  echo "make gpu: needs an NVIDIA GPU, and a CUDA build of PyTorch in $(PYTHON) (PYTHON=... names another one)" >&2; exit 5; }
 	mkdir -p $(OUT)
 	PYTHONPATH=exporter:plugins timeout 240 $(PYTHON) -m pytest -q tests/gpu --junitxml=$(OUT)/tests-gpu.xml \
-	  $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
-	$(PYTHON) benchmarks/gpu_scan.py --out $(OUT) --seconds 210
+	  $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null); tests=$$?; \
+	$(PYTHON) benchmarks/gpu_scan.py --out $(OUT) --seconds 180 && exit $$tests
 
 clean:
 	rm -rf $(VENV) demo-out build .mypy_cache .pytest_cache .ruff_cache .hypothesis
