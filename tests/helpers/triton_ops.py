@@ -1,11 +1,13 @@
 """Runs the Triton kernels on a CUDA GPU, or else in Triton's interpreter; needs numpy, torch and triton.
 
-Import it before triton: the interpreter is chosen when that is imported.
+The interpreter is chosen by a variable when Triton is imported, which transformers does too, without it. So Triton is
+imported once more here, all of it but its compiled part; what others hold stays as it is.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 from unittest import mock
 
@@ -13,6 +15,9 @@ import numpy as np
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton" and not name.startswith("triton._C")]:
+        del sys.modules[name]
 with mock.patch.dict(os.environ, {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}):
     import triton.experimental.gluon  # noqa: F401  (Triton's launch imports it, and it looks at the variable as well)
 
