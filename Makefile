@@ -9,12 +9,13 @@ NATIVE := plugins/CMakeLists.txt $(wildcard plugins/matexport_plugins/*/*.cc plu
 # with the newest, which constraints.txt names, all that the library of custom ops is tested in
 ONNXRUNTIMES := 1.20.1 1.23.2 1.25.1 1.28.0
 
-.PHONY: help demo test check lint types docs onnxruntimes train clean
+.PHONY: help demo test check lint types docs onnxruntimes train gpu clean
 
 help:
 	@echo "make demo    set up .venv, then slice, export, build and verify the bundled model"
 	@echo "make test    set up .venv, then run all tests"
 	@echo "make check   lint, types, all tests (with the commands of the documentation, and in older ONNX Runtimes)"
+	@echo "make gpu     on a machine with an NVIDIA GPU: tests/gpu and benchmarks/gpu_scan.py with $(PYTHON); OUT=FOLDER"
 	@echo "make train   train the bundled model again (five seeds, about 25 minutes)"
 
 $(STAMP): pyproject.toml plugins/pyproject.toml constraints.txt $(NATIVE)
@@ -53,6 +54,16 @@ check: lint types onnxruntimes test
 train: $(STAMP)
 	$(BIN)/python examples/digits/train.py
 	$(BIN)/python examples/digits/measure.py
+
+# With the Python at hand, since machines with a GPU bring their own PyTorch: no .venv, nothing is installed.
+OUT ?= benchmarks/results
+gpu:
+	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { \
+	  echo "make gpu: needs an NVIDIA GPU, and a CUDA build of PyTorch in $(PYTHON) (PYTHON=... names another one)" >&2; exit 5; }
+	mkdir -p $(OUT)
+	PYTHONPATH=exporter:plugins timeout 240 $(PYTHON) -m pytest -q tests/gpu --junitxml=$(OUT)/tests-gpu.xml \
+	  $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null); tests=$$?; \
+	$(PYTHON) benchmarks/gpu_scan.py --out $(OUT) --seconds 180 && exit $$tests
 
 clean:
 	rm -rf $(VENV) demo-out build .mypy_cache .pytest_cache .ruff_cache .hypothesis
