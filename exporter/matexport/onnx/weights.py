@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import os
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,17 +116,26 @@ def stored_blocks(checkpoint: Checkpoint, weight: Weight, pool: Pool | None = No
 
 
 def _encoded(checkpoint: Checkpoint, view: View, encoding: Encoding) -> Iterator[np.ndarray]:
-    """A matrix in fewer bits, some rows at a time; `int8` codes are stored by columns."""
+    """A matrix in fewer bits, some rows at a time, on all processors; `int8` codes are stored by columns."""
+    rows = _in_threads(encoding.encode, _rows(checkpoint, view))
     if (encoding.method, encoding.part) == ("int8", "codes"):
-        codes = np.empty(view.shape, np.int8)  # a quarter of the matrix
-        position = 0
-        for rows in _rows(checkpoint, view):
-            codes[position : position + len(rows)] = encoding.encode(rows)
-            position += len(rows)
+        codes = np.concatenate(list(rows))  # a quarter of the matrix
         yield np.ascontiguousarray(codes.T).reshape(-1)
-        return
-    for rows in _rows(checkpoint, view):
-        yield encoding.encode(rows).reshape(-1)
+    else:
+        yield from (block.reshape(-1) for block in rows)
+
+
+def _in_threads(work: Callable[[np.ndarray], np.ndarray], items: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """What `work` gives for each item, in order, a few items ahead."""
+    count = os.cpu_count() or 1
+    ahead: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(count) as pool:
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) > 2 * count:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _rows(checkpoint: Checkpoint, view: View) -> Iterator[np.ndarray]:
