@@ -108,15 +108,27 @@ class Graph:
         reshaped: tuple[int, ...] | None = None,
     ) -> ir.Value:
         """A weight by its name; see `Weight`. Asking twice for the same one gives the same value."""
-        if name not in self.weights:
-            weight = Weight(ir.Value(name=name), tensor, transposed, encoding, reshaped)
-            value = self._ready[name] = weight.value
-            value.shape, value.type = ir.Shape(weight.shape), ir.TensorType(DTYPES[weight.dtype])
-            self.weights[name] = weight
-            if weight.dtype in FLOATS and weight.dtype != self.dtype:
+        value = self._stored(Weight(ir.Value(name=name), tensor, transposed, encoding, reshaped))
+        if name not in self._ready:
+            self._ready[name] = value
+            stored = self.weights[name].dtype
+            if stored in FLOATS and stored != self.dtype:
                 cast = self._ready[name] = self.op("Cast", value, to=int(DTYPES[self.dtype]))
                 cast.shape, cast.type = value.shape, ir.TensorType(DTYPES[self.dtype])
         return self._ready[name]
+
+    def _stored(self, weight: Weight) -> ir.Value:
+        """The initializer of a weight: the one that is there by its name, or this one."""
+        name = str(weight.value.name)
+        if name not in self.weights:
+            self.weights[name] = weight
+            weight.value.shape, weight.value.type = ir.Shape(weight.shape), ir.TensorType(DTYPES[weight.dtype])
+        return self.weights[name].value
+
+    def gather(self, name: str, tensor: PlannedTensor, ids: ir.Value) -> ir.Value:
+        """Rows of a weight, in the type that is computed in: they are cast, not the weight."""
+        rows = self.op("Gather", self._stored(Weight(ir.Value(name=name), tensor)), ids)
+        return rows if tensor.dtype == self.dtype else self.op("Cast", rows, to=int(DTYPES[self.dtype]))
 
     def constant(self, array: Any, dtype: str = "I64") -> ir.Value:
         """A small constant, kept in the graph itself; equal ones are one."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from matexport.checkpoint import Checkpoint
-from matexport.errors import MissingError, UsageError
+from matexport.errors import MissingError
 from matexport.families.gemma3n.compatibility import verdicts
 from matexport.families.gemma3n.config import DEFAULTS, faults, text_of
 from matexport.families.gemma3n.layout import NAME, OPTIONS, packaged_table, plan_slice, recognises
@@ -67,7 +67,9 @@ def damage(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def build_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None) -> Graph:
-    raise UsageError("Gemma 3n cannot be exported to ONNX yet", fix="slice it: matexport slice")
+    from matexport.families.gemma3n.graph import decoder_graph
+
+    return decoder_graph(plan, elastic=elastic, quantize=quantize)
 
 
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:
