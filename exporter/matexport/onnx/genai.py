@@ -36,8 +36,8 @@ def genai_files(plan: Plan, graph: Graph, form: str) -> dict[str, bytes]:
         raise UsageError(what, fix="use a row of one width, or --target cpu")
     heads, _, head_dim = shapes[0]
     logits = graph.outputs[0].shape
-    assert logits is not None and isinstance(logits[2], int)
-    rows = logits[2]
+    assert logits is not None
+    rows = int(logits[2])  # type: ignore[arg-type]
     # what a batch is padded with is masked, wherever it stands at an end, and token 0 if there is no such id: where the
     # tokenizer names none, the last row of the embedding, which is there to fill it up
     session: dict[str, object] = {"log_id": "onnxruntime-genai", "provider_options": []}

@@ -49,7 +49,8 @@ def rename_states(graph: Graph) -> int:
 
 def web_config(plan: Plan, layers: int, data_files: int) -> dict[str, Any]:
     """config.json: that of the slice, and what transformers.js reads."""
-    config = {key: value for key, value in plan.config.items() if key != "auto_map"}
+    # ssm_cfg may hold infinity, which is no JSON for a browser; the sizes are in the model
+    config = {key: value for key, value in plan.config.items() if key not in ("auto_map", "ssm_cfg")}
     js = {"dtype": "fp32", "use_external_data_format": {"model.onnx": data_files}}
     if layers:
         config |= {
