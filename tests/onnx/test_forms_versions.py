@@ -82,7 +82,8 @@ def check(found: dict[str, np.ndarray], want: np.ndarray, real: np.ndarray | Non
     keep = slice(None) if real is None else real
     for way, got in found.items():
         assert np.abs(got[keep] - want[keep]).max() <= 1e-5 * np.abs(want[keep]).max(), way
-    assert not np.array_equal(found["custom"], found["stock"])  # other code has run
+    if "kernels" in found:  # other code has run; without a LinearAttention, all functions come down to the same
+        assert not np.array_equal(found["kernels"], found["stock"])
 
 
 @pytest.mark.parametrize("version", VERSIONS)
