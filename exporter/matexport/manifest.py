@@ -145,7 +145,7 @@ def file_problems(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
     folder, found = manifest_path(artefact).parent, {}
     for name, entry in manifest["files"].items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
             found[name] = "the file is missing"
         elif path.stat().st_size != entry.get("bytes") or _differs(path, entry.get("sha256")):
             found[name] = "was changed after it was written"
@@ -153,7 +153,10 @@ def file_problems(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
             found[name] = ""
     if artefact.is_dir():
         known = {*manifest["files"], FILE, *_in_place(folder)}
-        found |= {p.name: "is not one of the files that were written" for p in folder.iterdir() if p.name not in known}
+        for place in {folder, *((folder / name).parent for name in manifest["files"] if found[name] == "")}:
+            names = [p.relative_to(folder).as_posix() for p in place.iterdir()]
+            strangers = (n for n in names if n not in known and not any(k.startswith(f"{n}/") for k in known))
+            found |= dict.fromkeys(strangers, "is not one of the files that were written")
     return found
 
 

@@ -89,7 +89,10 @@ def _check_output(output: Path, force: bool) -> None:
         if not (output / FILE).is_file():
             what = f"output holds no {FILE}: matexport did not write it, and does not replace it"
             raise UsageError(what, where=str(output), fix="name another folder")
-        strangers = sorted({path.name for path in output.iterdir()} - {FILE, *read_manifest(output)["files"]})
+        known = {FILE, *read_manifest(output)["files"]}
+        known |= {folder.as_posix() for name in known for folder in Path(name).parents}
+        found = [path for path in output.rglob("*") if path.parent == output or not path.parent.is_symlink()]
+        strangers = sorted({path.relative_to(output).as_posix() for path in found} - known)
         if strangers:
             what = f"output holds what matexport did not write: {', '.join(strangers[:5])}"
             raise UsageError(what, where=str(output), fix="move it away, or name another folder")

@@ -16,12 +16,16 @@ class Target:
         forms: how the scan may appear in the graph, the default first: "custom" is our ops, with functions for where
             no kernel is registered, "contrib" ONNX Runtime's, "stock" ai.onnx operators alone.
         dtype: what float weights are cast to.
+        folder: where in the artefact the model lies.
+        max_file: the most bytes of weights in one file; None for any number.
     """
 
     name: str
     kind: str
     forms: tuple[str, ...]
     dtype: str
+    folder: str = ""
+    max_file: int | None = None
 
     @property
     def form(self) -> str:
@@ -29,10 +33,15 @@ class Target:
         return self.forms[0]
 
 
+CHUNK = 2_000_000_000  # bytes: a browser keeps a file in one buffer, of less than 2 GiB
+
 TARGETS = {
     target.name: target
     for target in (
         Target("cpu", "onnx", ("custom", "contrib", "stock"), "F32"),  # ONNX Runtime >= 1.20 on the CPU: the default
+        Target("genai", "onnx", ("custom", "contrib"), "F32"),  # onnxruntime-genai >= 0.18
+        # transformers.js >= 4.3 and onnxruntime-web, where no kernels of ours can be
+        Target("web", "onnx", ("contrib", "stock"), "F32", folder="onnx", max_file=CHUNK),
         Target("portable", "onnx", ("stock",), "F32"),  # any ONNX runtime
         Target("rtx", "engine", ("stock",), "F32"),  # TensorRT-RTX: built anywhere, runs on RTX GPUs
         Target("tensorrt", "engine", ("stock",), "F32"),  # TensorRT, on the GPU of this machine

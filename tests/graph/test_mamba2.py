@@ -81,3 +81,32 @@ def test_split_sums_do_not_cancel() -> None:
     error = np.abs(session.run(None, {"v": v})[0] - exact)[0][near].max()
     assert error < 4e-6
     assert naive_error > 100 * error
+
+
+@pytest.mark.parametrize("length", [1, 2, 70])
+@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(4, 1, 2), (8, 2, 24), (8, 8, 5)])
+def test_the_last_output_alone(length: int, heads: int, groups: int, head_dim: int) -> None:
+    rng = np.random.default_rng(length)
+    b, n = 2, 6
+    A, D, bias = -rng.uniform(0.1, 2, heads), rng.standard_normal(heads), rng.standard_normal(heads)
+    sizes = {"x": heads * head_dim, "dt_raw": heads, "B": groups * n, "C": groups * n}
+    feeds = {name: rng.standard_normal((b, length, size)).astype(np.float32) for name, size in sizes.items()}
+    feeds["dt_raw"] -= 4  # so that steps far back count
+    limit = (0.01, 0.5)
+    g = Graph("last")
+    x, dt, B, C = (g.input(name, "F32", ["batch", "length", size]) for name, size in sizes.items())
+    query = g.op("Slice", C, g.constant([-1]), g.constant([length]), g.constant([1]))
+    y = mamba2.last_output(
+        g, x, mamba2.softplus(g, dt, g.constant(bias, "F32"), limit), g.constant(A, "F32"), B, query,
+        g.constant(D, "F32"), heads=heads, head_dim=head_dim, groups=groups, state=n,
+    )  # fmt: skip
+    g.output(y, "y", "F32", ["batch", 1, heads * head_dim])
+    model = ir.to_proto(g.to_model(producer_version="test", metadata={}))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    wide = {name: array.astype(np.float64) for name, array in feeds.items()}
+    want, _ = mamba2_scan(**wide, A=A, D=D, dt_bias=bias, groups=groups, dt_limit=limit)
+    for evaluated in (session.run(None, feeds)[0], onnx.reference.ReferenceEvaluator(model).run(None, feeds)[0]):
+        assert np.abs(evaluated - want[:, -1:]).max() / np.abs(want).max() < 1e-5
+    if length > 2:  # the comparison can fail: a step far back that is forgotten
+        feeds["x"][:, length // 2] = 0
+        assert np.abs(session.run(None, feeds)[0] - want[:, -1:]).max() / np.abs(want).max() > 1e-3

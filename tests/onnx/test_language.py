@@ -22,6 +22,7 @@ ROW = Row("mixed", skipped=(1,), mamba=Dims(head=(32, 12)))
 LIBRARY = ort_library()
 # the functions in the file, and our kernels in their place
 WAYS = [*FORMS, pytest.param("kernels", marks=pytest.mark.skipif(LIBRARY is None, reason="built without a compiler"))]
+STATES = ("states.conv", "states.scan")
 Arrays = dict[str, np.ndarray]
 
 
@@ -72,7 +73,13 @@ def test_verified(exported: Path, language: Path, form: str) -> None:
     assert report.passed, report.to_markdown()
     kinds = {"onnx"} | ({"functions"} if form == "custom" and LIBRARY else set())  # with our kernels and without them
     compared = {(c.kind, c.name) for c in report.comparisons if c.kind in ("onnx", "functions")}
-    assert compared == {(kind, name) for kind in kinds for name in ("logits", "decode.logits")}
+    assert compared == {
+        (kind, name)
+        for kind in kinds
+        for name in ("logits", "decode@18.logits", *STATES, *(f"decode@18.{s}" for s in STATES))
+    }
+    steps = {c.name for c in report.comparisons if c.kind == "decode"}
+    assert steps == {f"decode@{split}.{name}" for split in (1, 18, 36) for name in ("logits", *STATES)}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -26,9 +26,15 @@ if TYPE_CHECKING:
 FAMILIES = ("gemma3n", "matmamba")
 
 Arrays = Mapping[str, "np.ndarray"]
-# Inputs by name -> outputs by name. An output `decode.X` is X computed step by step, from states; it is compared with
-# `whole.X` if that is there: X computed at once in the same precision.
+# Inputs by name -> outputs by name. An output `decode.X`, or `decode@S.X`, is X computed step by step, from states
+# (after S tokens at once); it is compared with `whole.X` if that is there: X computed at once in the same precision.
+# `states.X` are the states after all tokens, those of all layers in one vector.
 Forward = Callable[[Arrays], Arrays]
+
+
+def splits(length: int) -> list[int]:
+    """After how many tokens at once to go on step by step: the first one, half, all but the last."""
+    return sorted({1, length // 2, length - 1} - {0})
 
 
 class Family(Protocol):

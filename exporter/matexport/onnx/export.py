@@ -19,7 +19,9 @@ from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, UsageError
 from matexport.graph.builder import DTYPES, Graph, Weight
 from matexport.manifest import BUNDLE, FILE, describe_slice, describe_source, json_bytes, manifest_bytes
-from matexport.onnx.weights import Layout, lay_out, weight_blocks
+from matexport.onnx.genai import genai_files
+from matexport.onnx.web import rename_states, web_config
+from matexport.onnx.weights import Layout, lay_out, split, weight_blocks
 from matexport.planning import Plan, whole
 from matexport.staging import check_space, staged_folder
 from matexport.targets import Target
@@ -46,24 +48,34 @@ def write_onnx(
 ) -> None:
     """Writes the graph of a planned slice; weights go from the checkpoint to the file in blocks.
 
-    The output is a folder; or, if its name ends in `.onnx`, that file, with `.onnx_data` and the manifest
-    `.onnx.json` beside it.
+    The output is a folder, as the target wants it; or, if its name ends in `.onnx`, that file, with `.onnx_data` and
+    the manifest `.onnx.json` beside it.
 
     Raises:
-        UsageError, OutputError: see `staged_folder`.
+        UsageError: the target cannot be what is asked for; and see `staged_folder`.
+        OutputError: see `staged_folder`.
         CheckpointError: the source ends early or changed during the run.
     """
     layout = lay_out([graph])
     if output.suffix != ".onnx":
+        parts = split(layout, target.max_file)
+        files = _files(plan, graph, target, len(parts))
         with staged_folder(output, force=force, inputs=[checkpoint.path]) as folder:
-            written = _write_weights(checkpoint, [plan], layout, folder, f"{MODEL}_data", progress)
-            places = _places(layout.offsets[0], f"{MODEL}_data")
-            put(folder, written, MODEL, _model(graph, plan, places, folder))
-            put(folder, written, "config.json", _config(plan))
+            inner, written, places = folder / target.folder, {}, {}
+            inner.mkdir(exist_ok=True)
+            for i, part in enumerate(parts):
+                name = f"{MODEL}_data" + (f"_{i}" if i else "")
+                written |= _write_weights(checkpoint, [plan], part, inner, name, progress)
+                places |= _places(part.offsets[0], name)
+            put(inner, written, MODEL, _model(graph, plan, places, inner))
+            written = {str(Path(target.folder, name)): entry for name, entry in written.items()}
+            for name, data in files.items():
+                put(folder, written, name, data)
             for path in companions(checkpoint.path):
                 put(folder, written, path.name, path.read_bytes())
             put(folder, written, FILE, manifest_bytes(_manifest(checkpoint, plan, graph, target, written)))
         return
+    _refuse_folders(target)
     data = f"{output.name}_data"
     _refuse_existing(output, (data, f"{output.name}.json", output.name), force)
     aside = output.with_name(f".{output.name}.files")
@@ -81,6 +93,7 @@ def write_in_place(checkpoint: Checkpoint, plan: Plan, graph: Graph, *, target: 
         UsageError: the plan is not the whole checkpoint as it is, or `model.onnx` is there (without `force`).
         CheckpointError: the weights are not in safetensors files.
     """
+    _refuse_folders(target)
     output = checkpoint.path / MODEL
     places = {}
     for name, weight in graph.weights.items():
@@ -125,6 +138,7 @@ def write_bundle(
         UsageError: two rows would have the same file name; or see `staged_folder`.
         CheckpointError: see `write_onnx`.
     """
+    _refuse_folders(target)
     data, names = f"{MODEL}_data", [slug(plan.name) for plan, _ in rows]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -192,6 +206,20 @@ def _model(graph: Graph, plan: Plan, places: Places, folder: Path) -> bytes:
 
 def _config(plan: Plan) -> bytes:
     return json_bytes({key: value for key, value in plan.config.items() if key != "auto_map"})
+
+
+def _files(plan: Plan, graph: Graph, target: Target, data_files: int) -> dict[str, bytes]:
+    """The small files of a folder for this target, whose names the graph then has too."""
+    if target.name == "web":
+        return {"config.json": json_bytes(web_config(plan, rename_states(graph), data_files))}
+    return {"config.json": _config(plan)} | (genai_files(plan, graph, target.form) if target.name == "genai" else {})
+
+
+def _refuse_folders(target: Target) -> None:
+    """What a program takes as a folder of its own is no single file, and not many rows."""
+    if target.name in ("genai", "web"):
+        fix = "name a folder with -o, and one row; or use --target cpu"
+        raise UsageError(f"target {target.name!r} is a folder with one model", fix=fix)
 
 
 def _manifest(checkpoint: Checkpoint, plan: Plan, graph: Graph, target: Target, written: Files) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from matexport.checkpoint import Checkpoint
+from matexport.errors import UsageError
 from matexport.graph.builder import Graph, Weight
 from matexport.graph.encoding import Encoding
 from matexport.planning import Ranges, View
@@ -68,6 +69,27 @@ def lay_out(graphs: Sequence[Graph]) -> Layout:
             own[name] = stored[id(large)][1] + offset
         offsets.append(own)
     return Layout(tuple(stored.values()), tuple(offsets), end)
+
+
+def split(layout: Layout, limit: int | None) -> list[Layout]:
+    """The layout of one graph in several files, none larger than `limit` bytes. Raises UsageError if one weight is."""
+    if limit is None or layout.size <= limit:
+        return [layout]
+    parts: list[list[tuple[Weight, int]]] = []
+    for weight, offset in layout.stored:
+        if weight.tensor.nbytes > limit:
+            what = f"one weight has {weight.tensor.nbytes:,} bytes, and this target takes files of {limit:,}"
+            raise UsageError(what, where=str(weight.value.name), fix="store it in fewer bytes: --dtype float16")
+        if not parts or offset + weight.tensor.nbytes - parts[-1][0][1] > limit:
+            parts.append([])
+        parts[-1].append((weight, offset))
+    found = []
+    for part in parts:
+        first, (last, start) = part[0][1], part[-1]
+        end = start + last.tensor.nbytes
+        offsets = {name: offset - first for name, offset in layout.offsets[0].items() if first <= offset < end}
+        found.append(Layout(tuple((weight, offset - first) for weight, offset in part), (offsets,), end - first))
+    return found
 
 
 def offset_in(small: Weight, large: Weight) -> int | None:

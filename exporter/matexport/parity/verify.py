@@ -194,7 +194,8 @@ def _check_checkpoint(subject: Subject, inputs: Outputs, want: Outputs) -> list[
         found += _compare_outputs("checkpoint", got, want, family)
         stock = family.load_stock(standalone)
         if stock is not None:
-            found += _compare_outputs("stock", stock(inputs), want, family)
+            got = stock(inputs)
+            found += _compare_outputs("stock", got, {name: want[name] for name in want if name in got}, family)
     return found
 
 
@@ -219,9 +220,10 @@ def _compare_outputs(kind: str, got: Outputs, want: Outputs, family: Family) -> 
     found = missing + [compare(name, kind, got[name], want[name]) for name in want if name in got]
     if kind.startswith("onnx "):  # quantised: what is lost is above, step by step too
         return found
-    steps = [name for name in got if name.startswith("decode.") and name.removeprefix("decode.") in want]
-    for name in steps:
-        output = name.removeprefix("decode.")
+    for name in got:
+        step, _, output = name.partition(".")
+        if step.partition("@")[0] != "decode" or output not in want:
+            continue
         exact, own = f"whole.{output}" in got, f"decode {family.NAME}"
         kind = "decode" if exact or own not in TOLERANCES else own
         found.append(compare(name, kind, got[name], got[f"whole.{output}"] if exact else want[output]))
@@ -232,9 +234,9 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     from matexport.runtimes.ort import kernels, load_onnx, stored_weights
 
     artefact, record = subject.artefact, subject.record
-    file = artefact if artefact.is_file() else artefact / "model.onnx"
     weights = kept_tensors(subject.manifest, "weights", str(artefact))
     target = target_named(str(subject.manifest.get("target")), "onnx", str(subject.manifest.get("form")))
+    file = artefact if artefact.is_file() else artefact / target.folder / "model.onnx"
     elastic = subject.manifest.get("elastic") is True
     quantize = subject.manifest.get("quantize")
     if not (quantize is None or quantize in METHODS):
@@ -247,6 +249,9 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
             view = planned[name].tensor.view if record is not subject.manifest else weights[name].view
             stored[name] = Stored(PlannedTensor(weights[name].dtype, view), data, offset, planned[name])
     found = _prove(stored, {name: weight.tensor for name, weight in planned.items()}, subject.source)
+    # an elastic one has the channels of its convolution in another order; the loss of quantised ones is that of outputs
+    left_out = "states." if quantize else "states.conv" if elastic else "no such name"
+    want = {name: array for name, array in want.items() if left_out not in name}
     kind = f"onnx {quantize}" if quantize else "onnx"
     found += _compare_outputs(kind, load_onnx(file)(inputs), want, subject.family)
     if subject.manifest.get("form") == "custom" and kernels():

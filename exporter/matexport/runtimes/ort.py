@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matexport.errors import InputError, MissingError
+from matexport.families import splits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +27,7 @@ def kernels() -> Path | None:
 def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
     """Opens a model and returns a function from inputs by name to outputs by name.
 
-    A model with states is run at once and step by step: see `decode.` in `matexport.families`.
+    A model with states is run at once and step by step: see `decode@` in `matexport.families`.
 
     Args:
         threads: threads inside an operator; 0 leaves the choice to ONNX Runtime.
@@ -51,7 +52,8 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
             f"onnxruntime cannot load it: {e}", where=str(file), fix="write the ONNX folder again"
         ) from None
     outputs = [output.name for output in session.get_outputs()]
-    states = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values.")}
+    # after the tokens and their mask, states; after the logits, the new ones in the same order
+    states = [(i.name, i.shape, new) for i, new in zip(session.get_inputs()[2:], outputs[1:], strict=False)]
 
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
@@ -64,26 +66,39 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
 
 
 def _decode(
-    run: Forward, states: Mapping[str, list[int | str]], inputs: Mapping[str, np.ndarray]
+    run: Forward, states: Sequence[tuple[str, list[int | str], str]], inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Logits of one run, and of a prefill of half of the tokens followed by single steps that pass states on."""
+    """Logits and states of one run, and of prefills of some of the tokens followed by single steps that pass states on.
+
+    A state whose sizes are not all known is a cache, empty at first; the others are those of the convolution and the
+    scan in turn.
+    """
     import numpy as np
 
     ids = np.asarray(inputs["input_ids"], np.int64)
     mask = np.ones_like(ids)
+    fixed = [new for _, shape, new in states if all(isinstance(n, int) for n in shape[1:])]
     zeros = {
-        name: np.zeros([len(ids), *(n for n in shape[1:] if isinstance(n, int))], np.float32)
-        for name, shape in states.items()
+        past: np.zeros([len(ids), *(n if isinstance(n, int) else 0 for n in shape[1:])], np.float32)
+        for past, shape, _ in states
     }
-    split = ids.shape[1] // 2
-    out = run({"input_ids": ids[:, :split], "attention_mask": mask[:, :split], **zeros})
-    pieces = [out["logits"]]
-    for t in range(split, ids.shape[1]):
-        past = {name: out[name.replace("past_key_values", "present", 1)] for name in states}
-        out = run({"input_ids": ids[:, t : t + 1], "attention_mask": mask[:, : t + 1], **past})
-        pieces.append(out["logits"])
+
+    def after(out: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        kinds = {"states.conv": fixed[::2], "states.scan": fixed[1::2]}
+        return {kind: np.concatenate([out[name].ravel() for name in names]) for kind, names in kinds.items()}
+
     whole = run({"input_ids": ids, "attention_mask": mask, **zeros})
-    return {"logits": whole["logits"], "decode.logits": np.concatenate(pieces, 1)}
+    found = {"logits": whole["logits"], **after(whole)}
+    for split in splits(ids.shape[1]):
+        out = run({"input_ids": ids[:, :split], "attention_mask": mask[:, :split], **zeros})
+        pieces = [out["logits"]]
+        for t in range(split, ids.shape[1]):
+            carried = {past: out[new] for past, _, new in states}
+            out = run({"input_ids": ids[:, t : t + 1], "attention_mask": mask[:, : t + 1], **carried})
+            pieces.append(out["logits"])
+        found[f"decode@{split}.logits"] = np.concatenate(pieces, 1)
+        found |= {f"decode@{split}.{kind}": array for kind, array in after(out).items()}
+    return found
 
 
 def stored_weights(file: Path) -> dict[str, tuple[Path, int]]:

@@ -35,13 +35,15 @@ def vision_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: str 
         shape = g.op("Concat", batch, g.constant([1, d]), axis=0)
         x = g.op("Concat", x, g.op("Expand", weight("cls_token"), shape), axis=1)
     x = g.op("Add", x, weight("pos_embed"))
-    for i in range(config["n_layer"]):
+    classed, n_layer = config.get("pool", "cls") == "cls", config["n_layer"]
+    for i in range(n_layer):
+        last_only = classed and i == n_layer - 1  # of the last layer, the class token alone is used
         with g.scope(f"layers.{i}"):
             with g.scope("mixer"):
-                y, _ = blocks.mixer(blocks.norm(x, f"layers.{i}.norm"), i)
-            x = g.op("Add", x, y)
-    if config.get("pool", "cls") == "cls":
-        x = blocks.norm(g.op("Gather", x, g.constant(patches), axis=1), "norm_f")
+                y, _ = blocks.mixer(blocks.norm(x, f"layers.{i}.norm"), i, last_only=last_only)
+            x = g.op("Add", blocks.last(x) if last_only else x, y)
+    if classed:
+        x = blocks.norm(g.op("Reshape", x, g.constant([-1, d])), "norm_f")
     else:
         x = blocks.norm(g.op("Slice", x, g.constant([0]), g.constant([patches]), g.constant([1])), "norm_f")
         x = g.op("ReduceMean", x, g.constant([1]), keepdims=0)

@@ -87,9 +87,19 @@ class Blocks:
         return [channels, self.kernel - 1], [heads, n, w // heads]
 
     def mixer(
-        self, u: ir.Value, layer: int, states: States | None = None, mask: ir.Value | None = None
+        self,
+        u: ir.Value,
+        layer: int,
+        states: States | None = None,
+        mask: ir.Value | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[ir.Value, States | None]:
-        """u (b, T, d) -> (b, T, d), and the states after it; from zeros where none are given."""
+        """u (b, T, d) -> (b, T, d), and the states after it; from zeros where none are given.
+
+        With `last_only` (and no states) -> (b, 1, d), the last step alone, for which the gate and the projection out
+        are computed at that step only, and no state is.
+        """
         g, name, groups = self.g, f"{self.prefix}layers.{layer}.mixer", self.groups
         heads, w = (self.tensors[f"{name}.{part}"].shape[0] for part in ("A_log", "norm.weight"))
         channels = self.tensors[f"{name}.conv1d.weight"].shape[0]
@@ -97,7 +107,7 @@ class Blocks:
         chunked = self.form == "stock" and self.length is not None
         if states is None and not chunked:
             states = self._zeros(u, layer)
-        z, xbc, dt = self._project(u, f"{name}.in_proj.weight", w, channels, heads)
+        z, xbc, dt = self._project(u, f"{name}.in_proj.weight", w, channels, heads, last_only)
         with g.scope("conv1d"):
             conv = self._channels(f"{name}.conv1d.weight", w), self._channels(f"{name}.conv1d.bias", w)
             if states is None:
@@ -113,8 +123,14 @@ class Blocks:
         with g.scope("scan"):
             A = g.op("Neg", g.op("Exp", self.weight(f"{name}.A_log")))
             D, dt_bias = self.weight(f"{name}.D"), self.weight(f"{name}.dt_bias")
-            if states is None:
-                y = self._chunked_scan(x, dt, A, B, C, D, dt_bias, heads=heads, head_dim=w // heads, state=gn // groups)
+            if states is None or last_only:
+                sizes = {"heads": heads, "head_dim": w // heads, "groups": groups, "state": gn // groups}
+                dt = mamba2.softplus(g, dt, dt_bias, self.dt_limit)
+                if last_only:
+                    y = mamba2.last_output(g, x, dt, A, B, self.last(C), D, **sizes)
+                else:
+                    assert self.length is not None
+                    y = mamba2.scan(g, x, dt, A, B, C, D, length=self.length, **sizes)
             else:
                 y, scan_state = stateful.mamba2_scan(
                     g, self.form, x, dt, A, B, C, D, dt_bias, states.scan, mask,
@@ -133,16 +149,31 @@ class Blocks:
             y = g.op("MatMul", y, g.weight(out, self.tensors[out], transposed=True))
         else:
             (y,) = self.linear(y, (out, self.tensors[out]))
-        return y, None if states is None else States(conv_state, scan_state)
+        return y, None if states is None or last_only else States(conv_state, scan_state)
+
+    def last(self, x: ir.Value) -> ir.Value:
+        """The last step: x (b, T, m) -> (b, 1, m)."""
+        return self.g.op("Slice", x, self.g.constant([-1]), self.g.constant([1 << 60]), self.g.constant([1]))
 
     def _project(
-        self, u: ir.Value, name: str, w: int, channels: int, heads: int
+        self, u: ir.Value, name: str, w: int, channels: int, heads: int, last_only: bool
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """z (b, T, w), the convolution's input (b, T, channels), dt (b, T, heads)."""
+        """z (b, T, w), or (b, 1, w) with `last_only`; the convolution's input (b, T, channels); dt (b, T, heads)."""
         z, x, bc, dt = (0, w), (w, 2 * w), (2 * w, w + channels), (w + channels, w + channels + heads)
+        gated = self.last(u) if last_only else u
         if self.elastic:
             parts = self.rows(name, "z", z), self.rows(name, "bcx", bc, x), self.rows(name, "dt", dt)
-            first, second, third = self.linear(u, *parts)
+            first, second, third = *self.linear(gated, parts[0]), *self.linear(u, *parts[1:])
+        elif last_only:
+            if self.quantize:
+                gate, rest = self.rows(name, "z", z), self.rows(name, "xbcdt", x, bc, dt)
+                (first,), (xbcdt,) = self.linear(gated, gate), self.linear(u, rest)
+            else:  # stored whole; runtimes split it once, when they load it
+                sizes = self.g.constant([w, channels + heads])
+                top, bottom = self.g.ops("Split", self.weight(name), sizes, axis=0, outputs=2)
+                first = self.g.op("MatMul", gated, self.g.op("Transpose", top, perm=[1, 0]))
+                xbcdt = self.g.op("MatMul", u, self.g.op("Transpose", bottom, perm=[1, 0]))
+            second, third = self.g.ops("Split", xbcdt, self.g.constant([channels, heads]), axis=-1, outputs=2)
         else:
             (zxbcdt,) = self.linear(u, (name, self.tensors[name]))
             sizes = self.g.constant([w, channels, heads])
@@ -159,17 +190,3 @@ class Blocks:
         shapes = (self.g.op("Concat", batch, self.g.constant(s), axis=0) for s in self.state_shapes(layer))
         conv, scan = (self.g.op("Expand", self.g.constant(0.0, self.g.dtype), shape) for shape in shapes)
         return States(conv, scan)
-
-    def _chunked_scan(
-        self, x: ir.Value, dt: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value, dt_bias: ir.Value,
-        *, heads: int, head_dim: int, state: int,
-    ) -> ir.Value:  # fmt: skip
-        g = self.g
-        dt = g.op("Softplus", g.op("Add", dt, dt_bias))
-        if self.dt_limit != (0.0, math.inf):
-            dt = g.op("Clip", dt, *(g.constant(bound, g.dtype) for bound in self.dt_limit))
-        assert self.length is not None
-        return mamba2.scan(
-            g, x, dt, A, B, C, D,
-            length=self.length, heads=heads, head_dim=head_dim, groups=self.groups, state=state,
-        )  # fmt: skip

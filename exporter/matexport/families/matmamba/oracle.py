@@ -10,13 +10,16 @@ import torch
 
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, InputError
+from matexport.families import splits
 from matexport.families.matmamba.containers import EMBEDDINGS, EXPAND, HEAD, SSM_KEYS, is_tied
 from matexport.families.matmamba.layout import leading_heads, read_model
 from matexport.families.matmamba.modeling import (
+    MatMambaCache,
     MatMambaConfig,
     MatMambaForCausalLM,
     MatMambaVisionConfig,
     MatMambaVisionForImageClassification,
+    MixerState,
     Submodel,
 )
 from matexport.planning import KeptLayer
@@ -95,7 +98,8 @@ def load_stock(checkpoint: Checkpoint) -> Forward | None:
 
     @torch.no_grad()
     def forward(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        return _language_outputs(model, torch.from_numpy(np.array(inputs["input_ids"])), {})
+        ids = np.array(inputs["input_ids"])
+        return _language_outputs(model, torch.from_numpy(ids), {}, [ids.shape[1] // 2])
 
     return forward
 
@@ -108,23 +112,38 @@ def _forward(model: Any, submodel: Submodel | None) -> Forward:
             if ids.shape[1] < 2 or ids.min() < 0 or ids.max() >= rows:
                 fix = f"give rows of at least two ids from 0 to {rows - 1}"
                 raise InputError("input 'input_ids' is out of range", where="--inputs", fix=fix)
-            return _language_outputs(model, torch.from_numpy(ids), {"submodel": submodel})
+            # every step of the oracle is one of the whole model: of a slice, more are tried
+            chosen = splits(ids.shape[1]) if submodel is None else [ids.shape[1] // 2]
+            return _language_outputs(model, torch.from_numpy(ids), {"submodel": submodel}, chosen)
         pixels = torch.from_numpy(np.array(inputs["pixel_values"], np.float32))
         return {"logits": model(pixels, submodel=submodel).logits.numpy()}
 
     return forward
 
 
-def _language_outputs(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Logits of one run, and of a prefill of half of the tokens followed by single steps."""
-    split = ids.shape[1] // 2
-    out = model(ids[:, :split], use_cache=True, **options)
-    pieces = [out.logits]
-    for t in range(split, ids.shape[1]):
-        out = model(ids[:, t : t + 1], cache_params=out.cache_params, use_cache=True, **options)
-        pieces.append(out.logits)
-    whole = model(ids, use_cache=False, **options).logits
-    return {"logits": whole.numpy(), "decode.logits": torch.cat(pieces, 1).numpy()}
+def _language_outputs(
+    model: Any, ids: torch.Tensor, options: dict[str, Any], splits: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Logits and states of one run, and of prefills of some of the tokens followed by single steps."""
+    out = model(ids, use_cache=True, **options)
+    found = {"logits": out.logits, **_states(out.cache_params)}
+    for split in splits:
+        out = model(ids[:, :split], use_cache=True, **options)
+        pieces = [out.logits]
+        for t in range(split, ids.shape[1]):
+            out = model(ids[:, t : t + 1], cache_params=out.cache_params, use_cache=True, **options)
+            pieces.append(out.logits)
+        found[f"decode@{split}.logits"] = torch.cat(pieces, 1)
+        found |= {f"decode@{split}.{name}": states for name, states in _states(out.cache_params).items()}
+    return {name: value.numpy() for name, value in found.items()}
+
+
+def _states(cache: Any) -> dict[str, torch.Tensor]:
+    """Of all layers that ran; of transformers' own class none, which keeps them in another shape."""
+    if not isinstance(cache, MatMambaCache):
+        return {}
+    states = [state for state in cache.states if state is not None]
+    return {f"states.{kind}": torch.cat([getattr(s, kind).flatten() for s in states]) for kind in MixerState._fields}
 
 
 def _rounded(array: np.ndarray, dtype: str | None) -> np.ndarray:

@@ -1,0 +1,69 @@
+"""What onnxruntime-genai needs beside a model with states: `genai_config.json`, and our kernels.
+
+It finds the states by their names, sizes those of all layers as the first one's, and gives zeros at the start. With
+type `decoder` it wants no keys and values. Run with its version 0.18.
+"""
+
+from __future__ import annotations
+
+import matexport_plugins
+from matexport.errors import UsageError
+from matexport.graph.builder import Graph
+from matexport.manifest import json_bytes
+from matexport.planning import Plan
+
+CONTEXT, LENGTH = 1 << 20, 2048  # tokens: there is no limit, and what a generation stops at by itself
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def genai_files(plan: Plan, graph: Graph, form: str) -> dict[str, bytes]:
+    """The files to put beside the model, by name.
+
+    Raises:
+        UsageError: it is no model with states, or its layers differ in width.
+    """
+    shapes = [
+        tuple(value.shape)[1:]
+        for value in graph.inputs
+        if value.shape is not None and str(value.name).endswith(".recurrent_state")
+    ]
+    if not shapes:
+        raise UsageError("onnxruntime-genai generates text, and this is no language model", fix="use --target cpu")
+    if len(set(shapes)) > 1:
+        what = (
+            f"the layers of {plan.name!r} differ in width, and onnxruntime-genai takes the states of all as the first's"
+        )
+        raise UsageError(what, fix="use a row of one width, or --target cpu")
+    heads, _, head_dim = shapes[0]
+    logits = graph.outputs[0].shape
+    assert logits is not None
+    rows = int(logits[2])  # type: ignore[arg-type]
+    # what a batch is padded with is masked, wherever it stands at an end, and token 0 if there is no such id: where the
+    # tokenizer names none, the last row of the embedding, which is there to fill it up
+    session: dict[str, object] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    library = matexport_plugins.ort_library() if form == "custom" else None
+    if library:
+        session["custom_ops_library"] = library.name
+    config = {
+        "model": {
+            "type": "decoder",
+            "vocab_size": rows,
+            "context_length": CONTEXT,
+            "pad_token_id": rows - 1,
+            **{key: value for key in IDS if (value := plan.config.get(key)) is not None},
+            "decoder": {
+                "session_options": session,
+                "filename": "model.onnx",
+                "hidden_size": plan.config.get("d_model") or plan.config["hidden_size"],
+                "head_size": head_dim,
+                "num_attention_heads": heads,
+                "num_key_value_heads": heads,
+                "num_hidden_layers": len(shapes),
+                "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask"},
+                "outputs": {"logits": "logits"},
+            },
+        },
+        "search": {"do_sample": False, "max_length": LENGTH, "num_beams": 1, "past_present_share_buffer": False},
+    }
+    files = {"genai_config.json": json_bytes(config)}
+    return files | ({library.name: library.read_bytes()} if library else {})

@@ -1,0 +1,64 @@
+"""A language model as transformers.js takes it: its names for states, and a config.json that its `generate()` accepts.
+
+transformers.js 4.3 has no type for a model of Mamba layers alone. `nemotron_h` mixes Mamba and attention layers, so the
+folder says that it is one, with an attention layer at the end whose cache is a single number a token: its length is
+how `generate()` counts the tokens so far.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from matexport.graph.builder import Graph
+from matexport.planning import Plan
+
+NAMES = {"conv_state": "conv", "recurrent_state": "ssm"}
+BATCH = "batch_size"  # the one symbol that transformers.js knows; a state with another one would be empty
+
+
+def rename_states(graph: Graph) -> int:
+    """Gives the states of a graph transformers.js's names, and adds the cache that counts; returns the layers.
+
+    A graph without states is left as it is.
+    """
+    layers = 0
+    for value in [*graph.inputs, *graph.outputs]:
+        kind, _, rest = str(value.name).partition(".")
+        layer, _, state = rest.partition(".")
+        if state in NAMES:
+            prefix = "past" if kind == "past_key_values" else kind
+            value.name = f"{prefix}_{NAMES[state]}.{layer}"
+            layers = max(layers, int(layer) + 1)
+    if not layers:
+        return 0
+    for name in ("key", "value"):
+        past = graph.input(f"past_key_values.{layers}.{name}", "F32", [BATCH, 1, "past_sequence_length", 1])
+        with graph.scope(f"count.{name}"):
+            new = graph.op(
+                "Unsqueeze", graph.op("Cast", graph.inputs[0], to=int(ir.DataType.FLOAT)), graph.constant([1, 3])
+            )
+            present = graph.op("Concat", past, new, axis=2)
+        graph.output(present, f"present.{layers}.{name}", "F32", [BATCH, 1, "total_sequence", 1])
+    for value in [*graph.inputs, *graph.outputs]:
+        assert value.shape is not None
+        value.shape = ir.Shape([BATCH if size == "batch" else size for size in value.shape])
+    return layers
+
+
+def web_config(plan: Plan, layers: int, data_files: int) -> dict[str, Any]:
+    """config.json: that of the slice, and what transformers.js reads."""
+    # ssm_cfg may hold infinity, which is no JSON for a browser; the sizes are in the model
+    config = {key: value for key, value in plan.config.items() if key not in ("auto_map", "ssm_cfg")}
+    js = {"dtype": "fp32", "use_external_data_format": {"model.onnx": data_files}}
+    if layers:
+        config |= {
+            "model_type": "nemotron_h",
+            "architectures": ["NemotronHForCausalLM"],
+            "num_hidden_layers": layers + 1,
+            "layers_block_type": ["mamba"] * layers + ["attention"],
+            "num_key_value_heads": 1,
+            "head_dim": 1,
+        }
+    return {**config, "transformers.js_config": js}
