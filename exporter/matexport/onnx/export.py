@@ -61,16 +61,18 @@ def write_onnx(
         parts = split(layout, target.max_file)
         files = _files(plan, graph, target, len(parts))
         with staged_folder(output, force=force, inputs=[checkpoint.path]) as folder:
-            inner, written, places = folder / target.folder, {}, {}
+            inner = folder / target.folder
             inner.mkdir(exist_ok=True)
+            written: Files = {}
+            places: dict[str, tuple[str, int]] = {}
             for i, part in enumerate(parts):
                 name = f"{MODEL}_data" + (f"_{i}" if i else "")
                 written |= _write_weights(checkpoint, [plan], part, inner, name, progress)
                 places |= _places(part.offsets[0], name)
             put(inner, written, MODEL, _model(graph, plan, places, inner))
             written = {str(Path(target.folder, name)): entry for name, entry in written.items()}
-            for name, data in files.items():
-                put(folder, written, name, data)
+            for name, content in files.items():
+                put(folder, written, name, content)
             for path in companions(checkpoint.path):
                 put(folder, written, path.name, path.read_bytes())
             put(folder, written, FILE, manifest_bytes(_manifest(checkpoint, plan, graph, target, written)))
