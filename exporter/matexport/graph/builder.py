@@ -23,6 +23,7 @@ DTYPES = {
     "I64": ir.DataType.INT64, "I32": ir.DataType.INT32, "I8": ir.DataType.INT8, "U8": ir.DataType.UINT8,
     "BOOL": ir.DataType.BOOL,
 }  # fmt: skip
+NUMPY: dict[str, Any] = {"I64": np.int64, "F32": np.float32, "F64": np.float64, "BOOL": np.bool_}  # of constants
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Graph:
 
     def constant(self, array: Any, dtype: str = "I64") -> ir.Value:
         """A small constant, kept in the graph itself; equal ones are one."""
-        data: np.ndarray = np.asarray(array, {"I64": np.int64, "F32": np.float32, "BOOL": np.bool_}[dtype])
+        data: np.ndarray = np.asarray(array, NUMPY[dtype])
         key = (dtype, data.shape, data.tobytes())
         if key not in self._constants:
             text = (
@@ -211,7 +212,7 @@ class Body(Graph):
             self._scope = [*inside._scope, name]
 
     def constant(self, array: Any, dtype: str = "I64") -> ir.Value:
-        data: np.ndarray = np.asarray(array, {"I64": np.int64, "F32": np.float32, "BOOL": np.bool_}[dtype])
+        data: np.ndarray = np.asarray(array, NUMPY[dtype])
         return self.op("Constant", value=ir.tensor(data))
 
     def to_graph(self) -> ir.Graph:

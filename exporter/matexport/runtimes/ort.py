@@ -52,8 +52,10 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
             f"onnxruntime cannot load it: {e}", where=str(file), fix="write the ONNX folder again"
         ) from None
     outputs = [output.name for output in session.get_outputs()]
-    # after the tokens and their mask, states; after the logits, the new ones in the same order
-    states = [(i.name, i.shape, new) for i, new in zip(session.get_inputs()[2:], outputs[1:], strict=False)]
+    # after the tokens, their mask and positions, states; after the logits, the new ones in the same order
+    given = [i for i in session.get_inputs() if i.name not in ("input_ids", "attention_mask", "position_ids")]
+    positions = len(given) + 3 == len(session.get_inputs())
+    states = [(i.name, i.shape, new) for i, new in zip(given, outputs[1:], strict=False)]
 
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
@@ -62,7 +64,18 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
             fix = "write the ONNX folder again"
             raise InputError(f"onnxruntime cannot run it: {e}", where=str(file), fix=fix) from None
 
-    return partial(_decode, run, states) if states else run
+    return partial(_decode, _with_positions(run) if positions else run, states) if states else run
+
+
+def _with_positions(run: Forward) -> Forward:
+    """The same with the positions of new tokens, from a mask of all tokens so far that hides none."""
+    import numpy as np
+
+    def positioned(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        (batch, new), total = inputs["input_ids"].shape, inputs["attention_mask"].shape[1]
+        return run({**inputs, "position_ids": np.tile(np.arange(total - new, total), (batch, 1))})
+
+    return positioned
 
 
 def _decode(
@@ -84,7 +97,7 @@ def _decode(
     }
 
     def after(out: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        kinds = {"states.conv": fixed[::2], "states.scan": fixed[1::2]}
+        kinds = {"states.conv": fixed[::2], "states.scan": fixed[1::2]} if fixed else {}
         return {kind: np.concatenate([out[name].ravel() for name in names]) for kind, names in kinds.items()}
 
     whole = run({"input_ids": ids, "attention_mask": mask, **zeros})

@@ -17,20 +17,20 @@ import onnx_ir as ir
 from matexport.families.gemma3n.config import FULL, SLIDING, read_config, text_of
 from matexport.families.gemma3n.layout import EMBEDDING, HEAD, INNER, PER_LAYER_PROJECTION, PER_LAYER_TABLE, TEXT
 from matexport.graph import quantized
-from matexport.graph.builder import Graph
+from matexport.graph.builder import DTYPES, Graph
 from matexport.planning import Plan
 
 BASES = {SLIDING: ("rope_local_base_freq", 10_000.0), FULL: ("rope_theta", 1_000_000.0)}
 LOWEST = float(np.finfo(np.float32).min)
 
 
-def decoder_graph(plan: Plan, *, elastic: bool = False, quantize: str | None = None) -> Graph:
+def decoder_graph(plan: Plan, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32") -> Graph:
     """`input_ids`, `position_ids` (b, T), `attention_mask` (b, S), `past_key_values.N.*` -> `logits`, `present.N.*`.
 
     Keys and values are those of the layers that have their own: (b, heads, S, head_dim), rotated. The mask covers all
     tokens so far; padding may stand on either side. Sliding layers keep all of theirs, and mask what is out of sight.
     """
-    decoder = _Decoder(plan, elastic=elastic, quantize=quantize)
+    decoder = _Decoder(plan, elastic=elastic, quantize=quantize, dtype=dtype)
     with decoder.g.scope("model"):
         x = decoder.layers(*decoder.embed())
     decoder.head(x)
@@ -38,8 +38,8 @@ def decoder_graph(plan: Plan, *, elastic: bool = False, quantize: str | None = N
 
 
 class _Decoder:
-    def __init__(self, plan: Plan, *, elastic: bool, quantize: str | None):
-        self.g = Graph("gemma3n")
+    def __init__(self, plan: Plan, *, elastic: bool, quantize: str | None, dtype: str):
+        self.g = Graph("gemma3n", dtype)
         self.g.quantize = quantize
         self.config: Mapping[str, Any] = text_of(plan.config)
         self.text = read_config(plan.config, "config.json")
@@ -70,18 +70,18 @@ class _Decoder:
         """RMSNorm over the last axis (Gemma3nRMSNorm), with a weight if there is one: as ONNX Runtime recognises it."""
         g = self.g
         with g.scope(name.rpartition(".")[2] if name else "v_norm"):
-            mean = g.op("ReduceMean", g.op("Pow", x, g.constant(2.0, "F32")), g.constant([-1]), keepdims=1)
-            y = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.constant(self.epsilon, "F32"))))
+            mean = g.op("ReduceMean", g.op("Pow", x, g.constant(2.0, g.dtype)), g.constant([-1]), keepdims=1)
+            y = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.constant(self.epsilon, g.dtype))))
             return y if name is None else g.op("Mul", y, self.weight(f"{name}.weight"))
 
     def scaled(self, x: ir.Value, factor: float) -> ir.Value:
-        return self.g.op("Mul", x, self.g.constant(factor, "F32"))
+        return self.g.op("Mul", x, self.g.constant(factor, self.g.dtype))
 
     def magnitude(self, x: ir.Value, least: float | None = None) -> ir.Value:
         """Root of the mean square over the last axis, whose mean square is at least `least`."""
         g = self.g
         mean = g.op("ReduceMean", g.op("Mul", x, x), g.constant([-1]), keepdims=1)
-        return g.op("Sqrt", mean if least is None else g.op("Max", mean, g.constant(least, "F32")))
+        return g.op("Sqrt", mean if least is None else g.op("Max", mean, g.constant(least, g.dtype)))
 
     # ------------------------------------------------------------------------------------ embedding
     def embed(self) -> tuple[ir.Value, list[ir.Value]]:
@@ -153,7 +153,7 @@ class _Decoder:
         with g.scope("altup_correct"):
             innovation = g.op("Unsqueeze", g.op("Sub", x, active), one)
             share = self.linear(self._modalities(x, name), f"{name}.altup.correction_coefs")
-            share = g.op("Unsqueeze", g.op("Add", share, g.constant(1.0, "F32")), g.constant([2]))
+            share = g.op("Unsqueeze", g.op("Add", share, g.constant(1.0, g.dtype)), g.constant([2]))
             stack = g.op("Add", g.op("Mul", innovation, share), stack)
         with g.scope("per_layer_input"):  # goes to all but the active one
             x = g.op("Gather", stack, g.constant(0), axis=1)
@@ -162,7 +162,7 @@ class _Decoder:
             x = g.op("Gelu", self.linear(x, f"{name}.per_layer_input_gate"), approximate="tanh")
             x = self.linear(g.op("Mul", x, own), f"{name}.per_layer_projection")
             x = g.op("Unsqueeze", self.norm(x, f"{name}.post_per_layer_input_norm"), one)
-            others = g.constant(np.array([0.0] + [1.0] * (a - 1))[:, None], "F32")
+            others = g.constant(np.array([0.0] + [1.0] * (a - 1))[:, None], g.dtype)
             return g.op("Add", stack, g.op("Mul", x, others))
 
     def _modalities(self, x: ir.Value, name: str) -> ir.Value:
@@ -196,7 +196,7 @@ class _Decoder:
                 if kind == SLIDING:
                     window = g.constant(int(self.config.get("sliding_window", 512)))
                     allowed = g.op("And", past, g.op("Less", g.op("Sub", queries, keys), window))
-                found[kind] = g.op("Where", allowed, g.constant(0.0, "F32"), g.constant(LOWEST, "F32"))
+                found[kind] = g.op("Where", allowed, g.constant(0.0, g.dtype), g.constant(LOWEST, g.dtype))
         return found
 
     def _rotations(self) -> dict[str, list[ir.Value]]:
@@ -209,6 +209,8 @@ class _Decoder:
                 steps = 1 / base ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
                 angle = g.op("Mul", position, g.constant(np.concatenate([steps, steps]), "F32"))
                 found[kind] = [g.op("Cos", angle), g.op("Sin", angle)]
+                if g.dtype != "F32":  # angles are computed in float32 whatever the model is
+                    found[kind] = [g.op("Cast", part, to=int(DTYPES[g.dtype])) for part in found[kind]]
         return found
 
     def _rotate(self, x: ir.Value, turned: list[ir.Value]) -> ir.Value:
