@@ -9,12 +9,12 @@ NATIVE := plugins/CMakeLists.txt $(wildcard plugins/matexport_plugins/*/*.cc plu
 # with the newest, which constraints.txt names, all that the library of custom ops is tested in
 ONNXRUNTIMES := 1.20.1 1.23.2 1.25.1 1.28.0
 
-.PHONY: help demo test check lint types docs onnxruntimes train gpu clean
+.PHONY: help demo test check lint types docs onnxruntimes web train gpu clean
 
 help:
 	@echo "make demo    set up .venv, then slice, export, build and verify the bundled model"
 	@echo "make test    set up .venv, then run all tests"
-	@echo "make check   lint, types, all tests (with the commands of the documentation, and in older ONNX Runtimes)"
+	@echo "make check   lint, types, all tests (with the commands of the documentation, older ONNX Runtimes, a browser)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: tests/gpu and benchmarks/gpu_scan.py with $(PYTHON); OUT=FOLDER"
 	@echo "make train   train the bundled model again (five seeds, about 25 minutes)"
 
@@ -27,7 +27,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/digits/demo.py demo-out
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -q
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -49,7 +49,19 @@ onnxruntimes: $(STAMP)
 	  else echo "onnxruntime $$version cannot be installed: its tests will be LEFT OUT"; fi; \
 	done
 
-check: lint types onnxruntimes test
+# what tests/web needs: Chromium and Node.js from the system, and the packages of tests/web/package-lock.json; no script
+# of a package is run
+WEB := build/web
+web:
+	@if ! command -v chromium >/dev/null || ! command -v npm >/dev/null; then \
+	  echo "chromium or npm is not installed: the browser tests will be LEFT OUT"; \
+	elif ! cmp -s tests/web/package-lock.json $(WEB)/package-lock.json; then \
+	  rm -rf $(WEB) && mkdir -p $(WEB) && cp tests/web/package.json $(WEB) && \
+	  (cd $(WEB) && cp ../../tests/web/package-lock.json . && npm ci --ignore-scripts --no-audit --no-fund) || \
+	  { rm -rf $(WEB); echo "npm cannot install their packages: the browser tests will be LEFT OUT"; }; \
+	fi
+
+check: lint types onnxruntimes web test
 
 train: $(STAMP)
 	$(BIN)/python examples/digits/train.py

@@ -14,7 +14,9 @@ import pytest
 import matexport as mx
 from browser import MODULES, Browser, browser, missing
 from matexport.dims import Dims
+from matexport.families.rows import WHOLE
 from matexport.graph.stateful import FORMS
+from matexport.onnx.export import slug
 from matexport.slice_table import Row
 from matexport.targets import TARGETS
 
@@ -106,21 +108,22 @@ def generate(chromium: Browser, model: str, prompts: list[list[list[int]]], step
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("row", [ROW, WHOLE], ids=lambda row: row.name)
 def test_transformers_js_generates_what_the_oracle_does(
-    chromium: Browser, language: Path, monkeypatch: pytest.MonkeyPatch
+    chromium: Browser, language: Path, monkeypatch: pytest.MonkeyPatch, row: Row
 ) -> None:
-    """Layers of two widths, weights in several files, prompts of several lengths, a batch."""
-    monkeypatch.setitem(TARGETS, "web", replace(TARGETS["web"], max_file=70_000))
-    planned, steps = mx.plan(language, ROW), 12
-    mx.export_onnx(planned, chromium.root / "lm", target="web")
-    files = sorted(path.name for path in (chromium.root / "lm" / "onnx").iterdir())
-    assert files == ["model.onnx", "model.onnx_data", "model.onnx_data_1", "model.onnx_data_2"]
+    """Layers of one width and of two, weights in several files, prompts of several lengths, a batch."""
+    monkeypatch.setitem(TARGETS, "web", replace(TARGETS["web"], max_file=90_000))
+    planned, steps, name = mx.plan(language, row), 12, f"lm-{slug(row.name)}"
+    mx.export_onnx(planned, chromium.root / name, target="web")
+    files = sorted(path.name for path in (chromium.root / name / "onnx").iterdir())
+    assert files[:3] == ["model.onnx", "model.onnx_data", "model.onnx_data_1"]
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, 101, (batch, length)).tolist() for batch, length in ((1, 2), (1, 7), (2, 20))]
     want = [greedy(planned, rows, steps) for rows in prompts]
-    assert generate(chromium, "lm", prompts, steps) == want
+    assert generate(chromium, name, prompts, steps) == want
     assert len({tuple(row) for rows in want for row in rows}) > 2  # they differ: the comparison can fail
-    report = mx.verify(chromium.root / "lm", language)
+    report = mx.verify(chromium.root / name, language)
     assert report.passed, report.to_markdown()
 
 

@@ -7,6 +7,7 @@ how `generate()` counts the tokens so far.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import onnx_ir as ir
@@ -49,8 +50,7 @@ def rename_states(graph: Graph) -> int:
 
 def web_config(plan: Plan, layers: int, data_files: int) -> dict[str, Any]:
     """config.json: that of the slice, and what transformers.js reads."""
-    # ssm_cfg may hold infinity, which is no JSON for a browser; the sizes are in the model
-    config = {key: value for key, value in plan.config.items() if key not in ("auto_map", "ssm_cfg")}
+    config = {key: value for key, value in plan.config.items() if key != "auto_map" and _is_strict(value)}
     js = {"dtype": "fp32", "use_external_data_format": {"model.onnx": data_files}}
     if layers:
         config |= {
@@ -62,3 +62,12 @@ def web_config(plan: Plan, layers: int, data_files: int) -> dict[str, Any]:
             "head_dim": 1,
         }
     return {**config, "transformers.js_config": js}
+
+
+def _is_strict(value: Any) -> bool:
+    """Whether a browser can read it: Python writes infinity, a limit that is none, as a word that JSON has not."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
