@@ -5,7 +5,7 @@ runs after one that is not timed. Ratios are those of one round, a rival's time 
 fewer rounds. A CPU's fp32 GEMM rate is that of ONNX Runtime's MatMul of 1024 x 1024 matrices, in the same rounds;
 FLOPs of a scan are those of its causal form in chunks of 32 steps.
 
-    python benchmarks/scan.py                                     # six minutes
+    python benchmarks/scan.py                                     # ten minutes
     python benchmarks/scan.py --quick                             # one minute, fewer lengths; writes nothing
     python benchmarks/scan.py --only 64x24 conv                   # these parts, merged into the results
     python benchmarks/scan.py --mobius FOLDER                     # with mobius-onnx, from pip install --target FOLDER
@@ -17,6 +17,7 @@ Results: benchmarks/results/scan-CPU.json.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import re
 import statistics
@@ -254,13 +255,16 @@ def main() -> None:
     if args.one_long:
         return one_long(args.one_long)
     path, rounds = results_path(), 3 if args.quick else 7
-    versions = measuring.versions("numpy", "onnxruntime", "torch", "mobius-onnx")
+    versions = measuring.versions("numpy", "onnxruntime", "torch")
+    if args.mobius:
+        (found,) = importlib.metadata.distributions(name="mobius-onnx", path=[args.mobius])
+        versions["mobius-onnx"] = found.version
     content = {"machine": measuring.machine(Path.cwd()), "versions": versions, "results": {}}
     if path.exists() and not args.quick:
         earlier = json.loads(path.read_text())
         same = ("onnxruntime", "torch", "numpy")
         if all(earlier["versions"][name] == versions[name] for name in same):  # else all has to be measured again
-            content["results"] = earlier["results"]
+            content |= {"results": earlier["results"], "versions": earlier["versions"] | versions}
     results = content["results"]
     lengths = (1, 512) if args.quick else None
     for part in args.only:
