@@ -18,7 +18,7 @@ from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import target_named
-from matexport.tensorrt.build import Profile, build_engine
+from matexport.tensorrt import Profile, build_engine
 from matexport.tensors import FLOATS
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint

@@ -18,6 +18,7 @@ class Target:
         dtype: what float weights are cast to.
         folder: where in the artefact the model lies.
         max_file: the most bytes of weights in one file; None for any number.
+        capabilities: of the GPUs that an engine is for, 86 for 8.6; none where that is the GPU at hand.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Target:
     dtype: str
     folder: str = ""
     max_file: int | None = None
+    capabilities: tuple[int, ...] = ()
 
     @property
     def form(self) -> str:
@@ -43,7 +45,11 @@ TARGETS = {
         # transformers.js >= 4.3 and onnxruntime-web, where no kernels of ours can be
         Target("web", "onnx", ("contrib", "stock"), "F32", folder="onnx", max_file=CHUNK),
         Target("portable", "onnx", ("stock",), "F32"),  # any ONNX runtime
-        Target("rtx", "engine", ("stock",), "F32"),  # TensorRT-RTX: built anywhere, runs on RTX GPUs
+        # TensorRT-RTX: built anywhere, runs on RTX GPUs (RTX 30, 40 and 50, RTX PRO, GB10)
+        Target("rtx", "engine", ("stock",), "F32", capabilities=(86, 89, 120, 121)),
+        Target("rtx-ampere", "engine", ("stock",), "F32", capabilities=(86,)),
+        Target("rtx-ada", "engine", ("stock",), "F32", capabilities=(89,)),
+        Target("rtx-blackwell", "engine", ("stock",), "F32", capabilities=(120, 121)),
         Target("tensorrt", "engine", ("stock",), "F32"),  # TensorRT, on the GPU of this machine
     )
 }

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 import matexport as mx
 from matexport.errors import InputError, MatexportError, MissingError
 from matexport.tensorrt import build
-from matexport.tensorrt.build import default_profile, rtx_environment, run_builder
+from matexport.tensorrt.build import rtx_environment, run_builder
 from support import DIGITS, content, matexport, vision_checkpoint
 
 
@@ -32,7 +32,11 @@ def test_an_engine_is_built(exported: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "rtx" / "matexport.json").read_text())
     assert manifest["kind"] == "engine"
     assert manifest["tensorrt"]["flavour"] == "TensorRT-RTX"
-    assert manifest["profiles"]["pixel_values"] == {"min": [1, 3, 8, 8], "opt": [8, 3, 8, 8], "max": [64, 3, 8, 8]}
+    assert manifest["profiles"]["default"]["pixel_values"] == {
+        "min": [1, 3, 8, 8],
+        "opt": [8, 3, 8, 8],
+        "max": [64, 3, 8, 8],
+    }
     assert manifest["files"]["model.engine"]["bytes"] > 50_000
     assert manifest["slice"] == json.loads((exported / "matexport.json").read_text())["slice"]
     shown = matexport("inspect", "-m", tmp_path / "rtx")
@@ -47,7 +51,7 @@ def test_from_a_checkpoint_with_shapes_of_ones_own(tmp_path: Path) -> None:
     result = matexport("trt", "-m", DIGITS, "-s", "eighth", "-o", tmp_path / "rtx", *shapes)
     assert result.code == 0, result
     manifest = json.loads((tmp_path / "rtx" / "matexport.json").read_text())
-    assert manifest["profiles"]["pixel_values"]["max"] == [6, 3, 8, 8]
+    assert manifest["profiles"]["default"]["pixel_values"]["max"] == [6, 3, 8, 8]
 
 
 def test_several_chunks_build_too(tmp_path: Path) -> None:
@@ -67,7 +71,12 @@ def unknown_op(path: Path) -> Path:
 
 
 def test_a_model_that_is_refused(tmp_path: Path) -> None:
-    job = {"model": str(unknown_op(tmp_path / "m.onnx")), "engine": str(tmp_path / "e"), "profiles": {}}
+    job = {
+        "model": str(unknown_op(tmp_path / "m.onnx")),
+        "engine": str(tmp_path / "e"),
+        "profiles": [],
+        "capabilities": [86],
+    }
     with pytest.raises(InputError, match="TensorRT-RTX refuses the model: "):
         run_builder(job, tmp_path)
     assert not (tmp_path / "e").exists()
@@ -119,7 +128,8 @@ def test_target_tensorrt_needs_tensorrt(exported: Path, tmp_path: Path, monkeypa
         (["--min-shapes=pixel_values:\u00b2x3"], 2, "is not a shape"),
         (["--min-shapes=a:1,a:2", "--max-shapes=a:3"], 2, "give all three"),
         (["--min-shapes=a:1", "--opt-shapes=a:1", "--max-shapes=a:1"], 4, "has no input 'a'"),
-        (["--target=toaster"], 2, "one of rtx, tensorrt"),
+        (["--target=toaster"], 2, "one of rtx, rtx-ampere, rtx-ada, rtx-blackwell, tensorrt"),
+        (["--target=rtx-ada", "--target=toaster"], 2, "unknown target 'toaster'"),
         (["-s", "half"], 2, "one slice already"),
     ],
 )
@@ -127,10 +137,6 @@ def test_usage(exported: Path, tmp_path: Path, options: list[str], code: int, me
     result = matexport("trt", "-m", exported, "-o", tmp_path / "out", *options)
     assert result.code == code, result
     assert message in result.stderr
-
-
-def test_default_profiles() -> None:
-    assert default_profile(("batch", 3, 8)) == ((1, 3, 8), (8, 3, 8), (64, 3, 8))
 
 
 def test_the_output_never_overlaps_the_checkpoint(tmp_path: Path) -> None:
@@ -151,3 +157,20 @@ def test_a_tampered_onnx_folder_is_not_built(exported: Path, tmp_path: Path) -> 
     result = matexport("trt", "-m", tmp_path / "onnx", "-o", tmp_path / "rtx")
     assert result.code == 3
     assert "'model.onnx_data' was changed" in result.stderr
+
+
+MASK = {80: 0x02, 86: 0x04, 89: 0x08, 120: 0x10, 121: 0x20}  # what bytes 32 to 35 of an engine say, since 1.7
+
+
+def test_several_targets(exported: Path, tmp_path: Path) -> None:
+    wanted = {"rtx": [86, 89, 120, 121], "rtx-ampere": [86], "rtx-ada": [89], "rtx-blackwell": [120, 121]}
+    options = [f"--target={name}" for name in [*wanted, "rtx-ada"]]
+    result = matexport("trt", "-m", exported, "-o", tmp_path / "engines", *options)
+    assert result.code == 0, result
+    assert sorted(path.name for path in (tmp_path / "engines").iterdir()) == sorted(wanted)
+    for name, capabilities in wanted.items():
+        folder = tmp_path / "engines" / name
+        manifest = json.loads((folder / "matexport.json").read_text())
+        assert (manifest["target"], manifest["capabilities"]) == (name, capabilities)
+        mask = int.from_bytes((folder / "model.engine").read_bytes()[32:36], "little")
+        assert mask == sum(MASK[n] for n in capabilities)

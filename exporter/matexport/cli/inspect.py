@@ -75,7 +75,19 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _artefact(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says, without the tensors."""
-    keys = ("kind", "matexport", "family", "slice", "source", "target", "form", "tensorrt", "profiles", "files")
+    keys = (
+        "kind",
+        "matexport",
+        "family",
+        "slice",
+        "source",
+        "target",
+        "form",
+        "tensorrt",
+        "capabilities",
+        "profiles",
+        "files",
+    )
     found = {key: manifest[key] for key in keys if key in manifest}
     if manifest["kind"] == "engine":
         found["runs_here"] = "no: this version builds engines and does not run them"

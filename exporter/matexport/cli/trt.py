@@ -19,8 +19,8 @@ from matexport.cli.common import (
     table_option,
 )
 from matexport.errors import UsageError
-from matexport.targets import TARGETS
-from matexport.tensorrt.build import Profile
+from matexport.targets import TARGETS, target_named
+from matexport.tensorrt import Profile
 
 
 @click.command()
@@ -29,33 +29,40 @@ from matexport.tensorrt.build import Profile
 @slice_option
 @output_option
 @click.option(
-    "--target", default="rtx", show_default=True, metavar="NAME",
-    help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind == 'engine')}.",
+    "--target", "targets", default=["rtx"], multiple=True, metavar="NAME",
+    help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind == 'engine')}; rtx by default."
+    " Of several, each gets a folder of its name.",
 )  # fmt: skip
 @click.option("--min-shapes", multiple=True, metavar="NAME:1x3x8x8", help="Smallest shape of an input.")
 @click.option("--opt-shapes", multiple=True, metavar="NAME:8x3x8x8", help="Shape to be fastest at.")
 @click.option("--max-shapes", multiple=True, metavar="NAME:64x3x8x8", help="Largest shape of an input.")
 @force_option
 def command(
-    model: str, table: str | None, row: str | None, output: Path, target: str, min_shapes: tuple[str, ...],
+    model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], min_shapes: tuple[str, ...],
     opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], force: bool,
 ) -> None:  # fmt: skip
     """Builds an engine from a checkpoint, or from an ONNX folder (target portable).
 
-    TensorRT-RTX (--target rtx) builds on any machine, without a GPU. A dynamic batch axis runs from 1 to
-    64, best at 8, unless all three shapes of an input are given.
+    TensorRT-RTX (rtx and rtx-...) builds on any machine, without a GPU. Images come in batches of 1 to 64,
+    best 8; texts in batches of 1 to 8, best 1, with 1 to 2048 new tokens, unless all three shapes of an
+    input are given. What is given for one input counts for all that share its axes.
 
     \b
     Examples:
       matexport trt -m half -o half-rtx
       matexport trt -m checkpoint -s half -o half-rtx --min-shapes pixel_values:1x3x8x8 \\
           --opt-shapes pixel_values:16x3x8x8 --max-shapes pixel_values:256x3x8x8
+      matexport trt -m half -o engines --target rtx-ampere --target rtx-blackwell
     """
     shapes = _profiles({"min": min_shapes, "opt": opt_shapes, "max": max_shapes})
-    manifest = api.build_trt(model, output, slice=row, table=table, target=target, shapes=shapes, force=force)
-    size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
-    say(f"{output}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
-    hint("inspect", "-m", output)
+    places = {name: output / name if len(set(targets)) > 1 else output for name in targets}
+    for name in places:  # before hours of building, not after
+        target_named(name, "engine")
+    for name, place in places.items():
+        manifest = api.build_trt(model, place, slice=row, table=table, target=name, shapes=shapes, force=force)
+        size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
+        say(f"{place}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
+    hint("inspect", "-m", place)
 
 
 def _profiles(groups: dict[str, tuple[str, ...]]) -> dict[str, Profile]:

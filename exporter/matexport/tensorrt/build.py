@@ -18,12 +18,11 @@ from matexport.errors import InputError, MatexportError, MismatchError, MissingE
 from matexport.manifest import FILE, describe_file, file_problems, manifest_bytes, read_manifest
 from matexport.staging import staged_folder
 from matexport.targets import Target
+from matexport.tensorrt.profiles import Profile, profiles
 from matexport.version import __version__
 
 ENGINE = "model.engine"
 TIMEOUT = 3600  # seconds
-
-Profile = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # min, opt and max shape of one input
 
 
 def build_engine(
@@ -38,11 +37,12 @@ def build_engine(
     """Builds an engine from an ONNX folder that matexport wrote, and returns the engine's manifest.
 
     Args:
-        shapes: profiles by input; a dynamic batch axis runs from 1 to 64, best at 8, where none is given.
+        shapes: of some inputs, instead of the default ones; see `matexport.tensorrt.profiles`.
         inputs: what the output must not overlap, beside the ONNX folder.
 
     Raises:
-        InputError: not an ONNX folder of ours, or one that the builder refuses (with its message).
+        InputError: not an ONNX folder of ours, shapes that do not fit it, or a model that the builder refuses (with
+            its message).
         MismatchError: its files are not those that were written.
         MissingError: the target's library or its GPU is not here.
     """
@@ -59,13 +59,14 @@ def build_engine(
     if target.name == "tensorrt":
         require_tensorrt()
     model = onnx if onnx.is_file() else onnx / "model.onnx"
-    profiles = {name: default_profile(shape) for name, shape in input_shapes(model).items()}
-    unknown = sorted(shapes.keys() - profiles.keys())
-    if unknown:
-        raise InputError(f"has no input {unknown[0]!r}", where=str(onnx), fix=f"its inputs are {', '.join(profiles)}")
-    profiles.update(shapes)
+    chosen = profiles(input_shapes(model), shapes, str(onnx))
     with staged_folder(output, force=force, inputs=[onnx, *inputs]) as folder:
-        job = {"model": str(model.resolve()), "engine": str(folder / ENGINE), "profiles": profiles}
+        job = {
+            "model": str(model.resolve()),
+            "engine": str(folder / ENGINE),
+            "profiles": list(chosen.values()),
+            "capabilities": target.capabilities,
+        }
         built = run_builder(job, onnx)
         manifest = {
             "kind": "engine",
@@ -74,8 +75,14 @@ def build_engine(
             "target": target.name,
             "form": source["form"],
             "tensorrt": {"flavour": built["flavour"], "version": built["version"]},
+            "capabilities": list(target.capabilities),
+            "inputs": built["inputs"],
+            "outputs": built["outputs"],
             "profiles": {
-                name: dict(zip(("min", "opt", "max"), shape, strict=True)) for name, shape in profiles.items()
+                profile: {
+                    name: dict(zip(("min", "opt", "max"), sizes, strict=True)) for name, sizes in by_input.items()
+                }
+                for profile, by_input in chosen.items()
             },
             "onnx": source["files"][model.name],
             "files": {ENGINE: describe_file(folder / ENGINE)},
@@ -92,12 +99,6 @@ def input_shapes(model: Path) -> dict[str, tuple[int | str, ...]]:
     return {
         value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim) for value in graph.input
     }
-
-
-def default_profile(shape: tuple[int | str, ...]) -> Profile:
-    """Every dynamic axis from 1 to 64, best at 8."""
-    low, best, high = (tuple(n if isinstance(n, int) else size for n in shape) for size in (1, 8, 64))
-    return low, best, high
 
 
 def require_tensorrt() -> None:

@@ -23,24 +23,43 @@ class Log(trt.ILogger):
 
 
 def build(job: dict[str, Any]) -> dict[str, Any]:
-    """Parses `model`, builds with `profiles` and writes `engine`."""
+    """Parses `model`, builds with `profiles` for GPUs of `capabilities` (86 is 8.6), and writes `engine`."""
     log = Log()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    engine = None
+    engine, inputs, outputs = None, {}, {}
     if parser.parse_from_file(job["model"]):
-        config = builder.create_builder_config()
-        profile = builder.create_optimization_profile()
-        for name, shapes in job["profiles"].items():
-            profile.set_shape(name, *map(tuple, shapes))
-        config.add_optimization_profile(profile)
-        engine = builder.build_serialized_network(network, config)
+        inputs = {tensor.name: describe(tensor) for tensor in map(network.get_input, range(network.num_inputs))}
+        outputs = {tensor.name: describe(tensor) for tensor in map(network.get_output, range(network.num_outputs))}
+        engine = builder.build_serialized_network(network, configure(builder, job))
     else:
         log.messages += [parser.get_error(i).desc() for i in range(parser.num_errors)]
     if engine is not None:
         Path(job["engine"]).write_bytes(bytes(engine))
-    return {"ok": engine is not None, "messages": log.messages, "flavour": "TensorRT-RTX", "version": trt.__version__}
+    return {
+        "ok": engine is not None, "messages": log.messages, "flavour": "TensorRT-RTX", "version": trt.__version__,
+        "inputs": inputs, "outputs": outputs,
+    }  # fmt: skip
+
+
+def configure(builder: Any, job: dict[str, Any]) -> Any:
+    """The builder's configuration: profiles and GPUs."""
+    config = builder.create_builder_config()
+    for shapes in job["profiles"]:
+        profile = builder.create_optimization_profile()
+        for name, sizes in shapes.items():
+            profile.set_shape(name, *map(tuple, sizes))
+        config.add_optimization_profile(profile)
+    config.num_compute_capabilities = len(job["capabilities"])
+    for i, number in enumerate(job["capabilities"]):
+        config.set_compute_capability(trt.ComputeCapability(number), i)
+    return config
+
+
+def describe(tensor: Any) -> dict[str, Any]:
+    """Type and shape of an input or output as the builder sees it; a dynamic axis is -1."""
+    return {"dtype": tensor.dtype.name.lower(), "shape": list(tensor.shape)}
 
 
 if __name__ == "__main__":
