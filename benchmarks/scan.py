@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -240,8 +239,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def results_path() -> Path:
-    cpu = re.sub(r"[^a-z0-9]+", "-", measuring.machine(Path.cwd())["cpu"].lower()).strip("-")
-    return Path(__file__).parent / "results" / f"scan-{cpu}.json"
+    return Path(__file__).parent / "results" / f"scan-{measuring.cpu()}.json"
 
 
 def main() -> None:
