@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -138,6 +139,11 @@ def machine(folder: Path) -> dict[str, Any]:
         "kernel": platform.release(),
         "load_average": round(os.getloadavg()[0], 2),  # before anything ran: what others did
     }
+
+
+def cpu() -> str:
+    """This processor's name, as it can stand in a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", machine(Path.cwd())["cpu"].lower()).strip("-")
 
 
 def versions(*packages: str) -> dict[str, str]:

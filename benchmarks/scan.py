@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -241,8 +240,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def results_path() -> Path:
-    cpu = re.sub(r"[^a-z0-9]+", "-", measuring.machine(Path.cwd())["cpu"].lower()).strip("-")
-    return Path(__file__).parent / "results" / f"scan-{cpu}.json"
+    return Path(__file__).parent / "results" / f"scan-{measuring.cpu()}.json"
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ class Way:
 
 
 # ------------------------------------------------------------------------------------------- running
-def ort_way(model: bytes, inputs: Arrays, threads: int, *, ours: bool = False, like: Sequence[str] = ()) -> Way:
+def ort_way(model: bytes | str, inputs: Arrays, threads: int, *, ours: bool = False, like: Sequence[str] = ()) -> Way:
     """A session with inputs and outputs bound, so that calls cost the same whatever their number.
 
     The outputs have the shapes of the inputs `like`, or else of those of a first run.
