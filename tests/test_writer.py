@@ -293,6 +293,18 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     assert not (tmp_path / "strict").exists()
 
 
+def test_what_a_cast_cannot_hold(tmp_path: Path) -> None:
+    config = vision_config()
+    tensors = vision_tensors(config)
+    tensors["layers.0.mixer.norm.weight"][3] = 70_000  # float16 ends at 65,504
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    warnings: list[str] = []
+    for dtype in ("float16", "bfloat16"):
+        mx.plan(source, dtype=dtype).write(tmp_path / dtype, warn=warnings.append)
+    name = "'layers.0.mixer.norm.weight'"
+    assert warnings == [f"tensor {name} holds NaN or infinity as float16 (source {name})"]
+
+
 def test_the_lock_is_on_the_folder_itself(tmp_path: Path) -> None:
     """A lock that another process holds on the staging folder is seen (negative control of the test above)."""
     staging = tmp_path / ".out.partial"

@@ -241,6 +241,8 @@ def export_bundle(
     from matexport.onnx import write_bundle
 
     chosen = target_named(target, "onnx", form)
+    if len({each.checkpoint.path for each in planned}) != 1:
+        raise UsageError("the rows of a bundle are of one checkpoint", fix="plan all of them from the same model")
     plans = [each.plan.cast(dtype_named(dtype) or chosen.dtype) for each in planned]
     family, checkpoint = planned[0].family, planned[0].checkpoint
     rows = [(one, family.build_graph(one, chosen.form, elastic=True)) for one in plans]

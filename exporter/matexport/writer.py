@@ -23,7 +23,7 @@ from matexport.manifest import FILE, describe_slice, json_bytes, manifest_bytes
 from matexport.planning import Plan, PlannedTensor
 from matexport.staging import check_space, staged_folder
 from matexport.streaming import BLOCK, REMOTE_BLOCK, Pool, stream
-from matexport.tensors import numpy_dtype
+from matexport.tensors import FLOATS, numpy_dtype
 from matexport.tokenizer import TOKENIZER_FILES
 from matexport.version import __version__
 
@@ -126,10 +126,14 @@ def tensor_blocks(
     dtype = numpy_dtype(tensor.dtype)
     finite = True
     for block in stream(checkpoint, tensor.view, start=start // dtype.itemsize, pool=pool):
-        if finite and not _is_finite(block, source.dtype):
+        if tensor.dtype != source.dtype:
+            with np.errstate(over="ignore"):  # beyond float16: found below
+                block = block.astype(dtype)
+        if finite and not _is_finite(block, tensor.dtype):
             finite = False
-            warn(f"tensor {name!r} holds NaN or infinity (source {source.name!r})")
-        yield (block if tensor.dtype == source.dtype else block.astype(dtype)).view(np.uint8)
+            cast = "" if tensor.dtype == source.dtype else f" as {FLOATS[tensor.dtype]}"
+            warn(f"tensor {name!r} holds NaN or infinity{cast} (source {source.name!r})")
+        yield block.view(np.uint8)
 
 
 _INFINITY = {  # dtype -> its bits as signed and unsigned integers, and the bits of infinity without and with the sign

@@ -23,7 +23,7 @@ from matexport.onnx.weights import offset_in
 from matexport.planning import PlannedTensor, part
 from matexport.slice_table import Row
 from matexport.tensors import Tensor
-from support import content, language_checkpoint, language_config, language_tensors, matexport
+from support import content, language_checkpoint, language_config, language_tensors, matexport, write_checkpoint
 
 ROWS = [
     Row("Full", mamba=Dims(fill=64)),
@@ -103,6 +103,21 @@ def test_in_place_is_refused(language: Path, tmp_path: Path) -> None:
     assert sorted(content(pickled)) == ["config.json", "pytorch_model.bin"]
 
 
+def test_in_place_of_a_link(language: Path, tmp_path: Path) -> None:
+    """As in the Hub's cache: onnxruntime would refuse the data. A link to the whole folder is fine."""
+    mx.plan(language, ROWS[1]).write(tmp_path / "slice")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "config.json").write_bytes((tmp_path / "slice" / "config.json").read_bytes())
+    (linked / "model.safetensors").symlink_to(tmp_path / "slice" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is a link"):
+        mx.export_in_place(linked)
+    assert sorted(content(linked)) == ["config.json", "model.safetensors"]
+    (tmp_path / "folder").symlink_to(tmp_path / "slice")
+    mx.export_in_place(tmp_path / "folder")
+    run(tmp_path / "folder" / "model.onnx", tokens())
+
+
 def test_a_stranger_beside_a_slice_is_still_one(language: Path, tmp_path: Path) -> None:
     """Negative control: a model.onnx that does not say that it was put there."""
     mx.plan(language, ROWS[1]).write(tmp_path / "slice")
@@ -126,6 +141,18 @@ def test_stored_in_half(vision: Path, tmp_path: Path, dtype: str) -> None:
     stored = onnx.load(tmp_path / dtype / "model.onnx").graph.initializer
     head = next(i for i in stored if i.name == "head.weight")
     assert head.raw_data == source.read("head.weight").astype(rounded).tobytes()
+
+
+@pytest.mark.parametrize("value", [1e6, -np.inf, np.nan])
+def test_what_float16_cannot_hold(tmp_path: Path, value: float) -> None:
+    config = language_config()
+    tensors = language_tensors(config)
+    tensors["backbone.layers.1.mixer.out_proj.weight"][3, 5] = value
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mixer\.out_proj\.weight' holds a value beyond float16"):
+        mx.export_onnx(source, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    mx.export_onnx(source, tmp_path / "out", dtype="bfloat16")  # holds all of them
 
 
 # -------------------------------------------------------------------------------------------- bundle
@@ -205,6 +232,11 @@ def test_groups_are_stored_apart(tmp_path: Path) -> None:
     full, half = places(tmp_path / "out" / "full.onnx"), places(tmp_path / "out" / "half.onnx")
     z = "backbone.layers.0.mixer.in_proj.weight.z"
     assert full[z]["offset"] != half[z]["offset"]
+
+
+def test_rows_of_two_checkpoints(language: Path, vision: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="of one checkpoint"):
+        mx.export_bundle([mx.plan(source, ROWS[1]) for source in (language, vision)], tmp_path / "out")
 
 
 def test_names_that_collide(language: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def write_in_place(checkpoint: Checkpoint, plan: Plan, graph: Graph, *, target: 
 
     Raises:
         UsageError: the plan is not the whole checkpoint as it is, or `model.onnx` is there (without `force`).
-        CheckpointError: the weights are not in safetensors files.
+        CheckpointError: the weights are not in safetensors files of this folder.
     """
     _refuse_folders(target)
     output = checkpoint.path / MODEL
@@ -110,6 +110,10 @@ def write_in_place(checkpoint: Checkpoint, plan: Plan, graph: Graph, *, target: 
         if tensor.file.suffix != ".safetensors":
             fix = "leave out --in-place, or slice it first: matexport slice -s full"
             raise CheckpointError("onnxruntime cannot read weights in a pickle", where=str(tensor.file), fix=fix)
+        if tensor.file.is_symlink():  # as in the Hub's cache
+            what = "is a link, and onnxruntime takes no data from outside the model's folder"
+            fix = "leave out --in-place, or copy the checkpoint, links followed (cp -rL)"
+            raise CheckpointError(what, where=str(tensor.file), fix=fix)
         places[name] = (tensor.file.name, tensor.start)
     _refuse_existing(output, (f"{MODEL}.json", MODEL), force)
     checkpoint.check_unchanged()

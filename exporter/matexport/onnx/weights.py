@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 
 from matexport.checkpoint import Checkpoint
+<<<<<<< HEAD
 from matexport.errors import UsageError
+=======
+from matexport.errors import CheckpointError
+>>>>>>> bundle
 from matexport.graph.builder import Graph, Weight
 from matexport.graph.encoding import Encoding
 from matexport.planning import Ranges, View
@@ -128,13 +132,23 @@ def weight_blocks(checkpoint: Checkpoint, layout: Layout) -> Iterator[Any]:
 
 
 def stored_blocks(checkpoint: Checkpoint, weight: Weight, pool: Pool | None = None) -> Iterator[np.ndarray]:
-    """One weight as it is stored, in flat arrays of bounded size."""
+    """One weight as it is stored, in flat arrays of bounded size.
+
+    Raises:
+        CheckpointError: a value that float16 cannot hold.
+    """
     view, dtype = weight.tensor.view, numpy_dtype(weight.dtype)
     if weight.encoding is not None:
         yield from _encoded(checkpoint, view, weight.encoding)
         return
     for block in stream_transposed(checkpoint, view) if weight.transposed else stream(checkpoint, view, pool=pool):
-        yield block.astype(dtype, copy=False)
+        with np.errstate(over="ignore"):
+            cast = block.astype(dtype, copy=False)
+        if weight.dtype == "F16" and not np.isfinite(cast).all():
+            fix = "store it as bfloat16 or float32 (--dtype)"
+            where = str(checkpoint.tensors[view.source].file)
+            raise CheckpointError(f"tensor {view.source!r} holds a value beyond float16", where=where, fix=fix)
+        yield cast
 
 
 def _encoded(checkpoint: Checkpoint, view: View, encoding: Encoding) -> Iterator[np.ndarray]:
