@@ -1,29 +1,30 @@
-"""The CUDA kernels through their plain C interface: compiled by g++ for the CPU (cuda_shim.h), or a library for a GPU."""
+"""The CUDA kernels through their plain C interface, on torch tensors; needs numpy, torch and a library.
+
+That is either the one that nvcc made, for tensors on a GPU, or the same sources compiled by g++ (`native/cuda_shim.h`),
+for tensors on the CPU.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-import pytest
+import torch
 
-import matexport_plugins
-from native_ops import CONV, SCAN, Op, state_shape
-from support import REPOSITORY
-
-SOURCES = REPOSITORY / "plugins" / "matexport_plugins"
-HALF_TYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-TYPES = {"float32": np.dtype(np.float32), **HALF_TYPES}
-CODES = {"float32": 0, "float16": 1, "bfloat16": 2}  # MATEXPORT_FLOAT32 ...
-IN_TYPE = {"x", "dt_raw", "B", "C", "z"}  # inputs of the chosen type; the others are float32
+SOURCES = Path(__file__).parents[2] / "plugins" / "matexport_plugins"
+KERNELS = "native/cuda_library.cu"
+CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # MATEXPORT_FLOAT32 ...
+ROUNDED = ("x", "dt_raw", "B", "C", "z")  # inputs of the chosen type; the others are float32
 FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden"]
+Tensors = Mapping[str, torch.Tensor]
 
 
 def pointers(*names: str) -> list[tuple[str, Any]]:
@@ -50,25 +51,27 @@ class ConvProblem(ctypes.Structure):
     ]
 
 
-def compiler() -> str:
-    """A C++ compiler; without one nothing of this can be tested."""
-    for name in (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"):
-        if shutil.which(name):
-            return name
-    pytest.skip("there is no C++ compiler")
+def compiler() -> str | None:
+    """The C++ compiler of this machine."""
+    return next(
+        (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if (found := shutil.which(name or ""))),
+        None,
+    )
 
 
-def compile_shared(target: Path, *sources: str, flags: tuple[str, ...] = ()) -> Path:
-    """A shared library of the given files below plugins/matexport_plugins, kernels compiled for the CPU."""
-    # a .cu file is C++ here; no exceptions or RTTI are needed, but TensorRT's classes have RTTI
-    command = [compiler(), *FLAGS, *flags, "-shared", "-x", "c++", *(str(SOURCES / name) for name in sources)]
-    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, check=False)
+def compile_for_cpu(target: Path, *sources: str | Path, flags: tuple[str, ...] = ()) -> Path:
+    """A library of files below plugins/matexport_plugins; .cu files are C++ here. Warnings are errors."""
+    paths = [str(SOURCES / source) for source in sources]
+    command = [str(compiler()), *FLAGS, *flags, "-shared", "-x", "c++", *paths, "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return target
 
 
-def kernels_on_cpu(folder: Path, *flags: str) -> ctypes.CDLL:
-    return open_library(compile_shared(folder / "libkernels.so", "native/cuda_library.cu", flags=flags))
+@functools.cache
+def kernels_on_cpu(*flags: str) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:  # loaded, a library needs no file
+        return open_library(compile_for_cpu(Path(folder, "libkernels.so"), KERNELS, flags=flags))
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -79,51 +82,51 @@ def open_library(path: Path) -> ctypes.CDLL:
     return library
 
 
-def cuda_library() -> Path | None:
-    """The library that nvcc made, or None where there is no nvcc."""
-    return matexport_plugins.ort_library(cuda=True)
+def scan_problem(inputs: Tensors, groups: int = 1, dt_limit: tuple[float, float] = (0.0, math.inf)) -> ScanProblem:
+    (batch, length, width), heads = inputs["x"].shape, len(inputs["A"])
+    return ScanProblem(batch=batch, length=length, heads=heads, groups=groups, N=inputs["B"].shape[2] // groups,
+                       P=width // heads, dt_min=dt_limit[0], dt_max=dt_limit[1])  # fmt: skip
 
 
-def sizes(op: Op, inputs: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> ScanProblem | ConvProblem:
+def conv_problem(inputs: Tensors) -> ConvProblem:
     batch, length, channels = inputs["x"].shape
-    if op is CONV:
-        return ConvProblem(batch=batch, length=length, channels=channels, k=inputs["weight"].shape[-1])
-    low, high = attributes.get("dt_limit", (0.0, np.inf))
-    shape = state_shape(op, inputs, attributes)
-    return ScanProblem(batch=batch, length=length, heads=shape[1], groups=attributes.get("groups", 1), N=shape[2],
-                       P=shape[3], dt_min=low, dt_max=high)  # fmt: skip
+    return ConvProblem(batch=batch, length=length, channels=channels, k=inputs["weight"].shape[2])
 
 
-def cast(inputs: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """Inputs as the kernels take them: the reference gets the very same numbers."""
-    return {k: v.astype(TYPES[dtype]) if k in IN_TYPE else v for k, v in inputs.items()}
+def rounded(inputs: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {k: v.to(dtype) if k in ROUNDED else v for k, v in inputs.items()}
 
 
-def run(library: ctypes.CDLL, op: Op, inputs: Mapping[str, np.ndarray], dtype: str = "float32", *,
-        in_place: bool = False, with_state: bool = True, **attributes: Any) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Runs one op on host memory. Outputs and workspace are poisoned with NaN before.
+def run(library: ctypes.CDLL, op: str, inputs: Tensors, *, in_place: bool = False, with_state: bool = True,
+        **attributes: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Runs "Mamba2Scan" or "CausalConv1d". Outputs and workspace are full of NaN before.
 
     Args:
-        inputs: of the types that `cast` gives.
+        inputs: contiguous, of the types that the kernels take.
         in_place: the state is given as final_state too.
         with_state: whether final_state is asked for.
     """
-    problem = sizes(op, inputs, attributes)
-    y = np.full(inputs["x"].shape, np.nan, TYPES[dtype])
-    state = np.full(state_shape(op, inputs, attributes), np.nan, np.float32)
-    kept = {k: np.ascontiguousarray(v) for k, v in inputs.items()}
+    scan, x = op == "Mamba2Scan", inputs["x"]
+    problem = scan_problem(inputs, **attributes) if scan else conv_problem(inputs)
+    shape = (problem.batch, problem.heads, problem.N, problem.P) if scan else (*x.shape[::2], problem.k - 1)
+    y = torch.full_like(x, torch.nan)
+    state = torch.full(shape, torch.nan, device=x.device)
+    given = dict(inputs)
     if in_place:
-        state = kept["state"] = inputs["state"].copy()
-    for name, value in {**kept, "y": y, "final_state": state if with_state else None}.items():
-        setattr(problem, name, None if value is None else value.ctypes.data)
-    if op is SCAN:
-        size = library.matexport_cuda_scan_workspace(ctypes.byref(problem), CODES[dtype])
-        assert size <= library.matexport_cuda_scan_most_workspace(ctypes.byref(problem), CODES[dtype])
-        workspace = np.full(size // 4 + 1, np.nan, np.float32)
-        memory = ctypes.c_void_p(workspace.ctypes.data)
-        status = library.matexport_cuda_scan(ctypes.byref(problem), CODES[dtype], memory, None)
-        assert np.isnan(workspace[size // 4])  # it wrote no more than it said
+        state = given["state"] = inputs["state"].clone()
+    for name, value in {**given, "y": y, "final_state": state if with_state else None}.items():
+        setattr(problem, name, None if value is None else value.data_ptr())
+    code, stream, size = CODES[x.dtype], None, 0
+    if x.is_cuda:
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    if scan:
+        size = library.matexport_cuda_scan_workspace(ctypes.byref(problem), code)
+        assert size <= library.matexport_cuda_scan_most_workspace(ctypes.byref(problem), code)
+        workspace = torch.full((size // 4 + 1,), torch.nan, device=x.device)
+        pointer = ctypes.c_void_p(workspace.data_ptr())
+        status = library.matexport_cuda_scan(ctypes.byref(problem), code, pointer, stream)
+        assert workspace[-1].isnan()  # it wrote no more than it said
     else:
-        status = library.matexport_cuda_conv(ctypes.byref(problem), CODES[dtype], None)
+        status = library.matexport_cuda_conv(ctypes.byref(problem), code, stream)
     assert status == 0, library.matexport_cuda_error(status)
     return y, state
