@@ -21,6 +21,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+import cuda_kernels
 import matexport_plugins
 import matexport_plugins.causal_conv1d.torch_op
 import matexport_plugins.mamba2_scan.torch_op
@@ -202,6 +203,21 @@ class TorchRunner:
         return y.float().cpu().numpy(), state.cpu().numpy()
 
 
+@dataclass
+class CudaRunner:
+    """The CUDA kernels, compiled for the CPU; x, dt_raw, B, C, z are rounded to `dtype`."""
+
+    op: Op
+    attributes: Mapping[str, Any]
+    dtype: torch.dtype
+
+    def __call__(self, **inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in inputs.items()}
+        given = cuda_kernels.rounded(tensors, self.dtype)
+        y, state = cuda_kernels.run(cuda_kernels.kernels_on_cpu(), self.op.name, given, **self.attributes)
+        return y.float().numpy(), state.numpy()
+
+
 @dataclass(frozen=True)
 class Backend:
     """`make(op, attributes, threads)` gives a `Run`.
@@ -244,6 +260,15 @@ def _torch(dtype: torch.dtype) -> Callable[[Op, Mapping[str, Any], int], Run]:
     return lambda op, attributes, threads: TorchRunner(op, attributes, dtype)
 
 
+def _cuda(dtype: torch.dtype) -> Callable[[Op, Mapping[str, Any], int], Run]:
+    return lambda op, attributes, threads: CudaRunner(op, attributes, dtype)
+
+
+CUDA_BACKENDS = {
+    "cuda-on-cpu-float32": Backend(_cuda(torch.float32)),
+    "cuda-on-cpu-bfloat16": Backend(_cuda(torch.bfloat16), 1e-2, 1e-2, rounds=torch.bfloat16),
+    "cuda-on-cpu-float16": Backend(_cuda(torch.float16), 2e-3, 2e-3, rounds=torch.float16),
+}
 BACKENDS = {
     **{f"ort-{isa}": Backend(_ort(isa)) for isa in instruction_sets()},
     **({"ort-bfloat16": Backend(_bfloat16, 1e-2, 1e-2)} if "avx512_bf16" in processor_flags() else {}),
@@ -252,6 +277,7 @@ BACKENDS = {
     "torch": Backend(_torch(torch.float32)),
     "torch-bfloat16": Backend(_torch(torch.bfloat16), tolerance=1e-2, rounds=torch.bfloat16),
     "torch-float16": Backend(_torch(torch.float16), tolerance=2e-3, rounds=torch.float16),
+    **(CUDA_BACKENDS if has_compiler() else {}),
 }
 
 

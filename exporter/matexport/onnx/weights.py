@@ -12,11 +12,7 @@ from typing import Any
 import numpy as np
 
 from matexport.checkpoint import Checkpoint
-<<<<<<< HEAD
-from matexport.errors import UsageError
-=======
-from matexport.errors import CheckpointError
->>>>>>> bundle
+from matexport.errors import CheckpointError, UsageError
 from matexport.graph.builder import Graph, Weight
 from matexport.graph.encoding import Encoding
 from matexport.planning import Ranges, View
