@@ -113,7 +113,7 @@ def test_what_it_cannot_be(language: Path, tmp_path: Path) -> None:
     assert "differ in width" in result.stderr
     result = matexport(*command, "-m", vision_checkpoint(tmp_path / "vision"))
     assert result.code == 2
-    assert "no language model" in result.stderr
+    assert "language models whose layers are all Mamba" in result.stderr
     result = matexport("onnx", "--target", "genai", "-m", language, "-o", tmp_path / "out.onnx")
     assert result.code == 2
     assert "a folder with one model" in result.stderr

@@ -12,6 +12,8 @@ import pytest
 
 import matexport as mx
 from matexport.errors import UsageError
+from matexport.graph.builder import Graph
+from matexport.onnx.web import rename_states
 from matexport.targets import TARGETS
 from support import content, language_checkpoint, matexport
 
@@ -60,6 +62,10 @@ def test_what_it_cannot_be(language: Path, tmp_path: Path, monkeypatch: pytest.M
     result = matexport("onnx", "-m", language, "-o", tmp_path / "out", "--target", "web", "--form", "custom")
     assert result.code == 2
     assert "cannot run form 'custom'" in result.stderr
+    graph = Graph("attention")
+    graph.input("past_key_values.0.key", "F32", ["batch", 1, "past", 8])
+    with pytest.raises(UsageError, match="this one has attention"):
+        rename_states(graph)
     monkeypatch.setitem(TARGETS, "web", replace(TARGETS["web"], max_file=10_000))
     with pytest.raises(UsageError, match="one weight has") as caught:
         mx.export_onnx(mx.plan(language), tmp_path / "out", target="web")

@@ -28,7 +28,8 @@ def genai_files(plan: Plan, graph: Graph, form: str) -> dict[str, bytes]:
         if value.shape is not None and str(value.name).endswith(".recurrent_state")
     ]
     if not shapes:
-        raise UsageError("onnxruntime-genai generates text, and this is no language model", fix="use --target cpu")
+        what = "target 'genai' writes language models whose layers are all Mamba, and this is none"
+        raise UsageError(what, fix="use --target cpu")
     if len(set(shapes)) > 1:
         what = (
             f"the layers of {plan.name!r} differ in width, and onnxruntime-genai takes the states of all as the first's"

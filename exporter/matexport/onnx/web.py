@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from matexport.errors import UsageError
 from matexport.graph.builder import Graph
 from matexport.planning import Plan
 
@@ -23,7 +24,13 @@ def rename_states(graph: Graph) -> int:
     """Gives the states of a graph transformers.js's names, and adds the cache that counts; returns the layers.
 
     A graph without states is left as it is.
+
+    Raises:
+        UsageError: its states are others than those of Mamba layers.
     """
+    if any(str(v.name).startswith("past_key_values.") and str(v.name).endswith(".key") for v in graph.inputs):
+        fix = "use --target cpu, or a MatMamba model"
+        raise UsageError("target 'web' writes models whose layers are all Mamba, and this one has attention", fix=fix)
     layers = 0
     for value in [*graph.inputs, *graph.outputs]:
         kind, _, rest = str(value.name).partition(".")
