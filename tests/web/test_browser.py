@@ -17,6 +17,7 @@ from matexport.dims import Dims
 from matexport.families.rows import WHOLE
 from matexport.graph.stateful import FORMS
 from matexport.onnx.export import slug
+from matexport.runtimes.ort import load_onnx
 from matexport.slice_table import Row
 from matexport.targets import TARGETS
 
@@ -125,6 +126,24 @@ def test_transformers_js_generates_what_the_oracle_does(
     assert len({tuple(row) for rows in want for row in rows}) > 2  # they differ: the comparison can fail
     report = mx.verify(chromium.root / name, language)
     assert report.passed, report.to_markdown()
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float16"}, {"quantize": "int8-block"}, {"quantize": "int4-block"}], ids=str
+)
+def test_weights_in_fewer_bits(chromium: Browser, language: Path, options: dict[str, str]) -> None:
+    """transformers.js generates what the same file gives in onnxruntime."""
+    name, steps = f"lm-{'-'.join(options.values())}", 8
+    mx.export_onnx(mx.plan(language, ROW), chromium.root / name, target="web", **options)
+    forward = load_onnx(chromium.root / name / "onnx" / "model.onnx")
+    prompts = [[[3, 1, 4, 1, 5]], [[9, 2], [6, 5]]]
+    want = []
+    for rows in map(np.array, prompts):
+        tokens = rows
+        for _ in range(steps):
+            tokens = np.concatenate([tokens, forward({"input_ids": tokens})["logits"][:, -1].argmax(-1)[:, None]], 1)
+        want.append(tokens[:, rows.shape[1] :].tolist())
+    assert generate(chromium, name, prompts, steps) == want
 
 
 def test_what_it_needs_of_config_json(chromium: Browser, language: Path) -> None:

@@ -23,7 +23,13 @@ DTYPES = {
     "I64": ir.DataType.INT64, "I32": ir.DataType.INT32, "I8": ir.DataType.INT8, "U8": ir.DataType.UINT8,
     "BOOL": ir.DataType.BOOL,
 }  # fmt: skip
-NUMPY: dict[str, Any] = {"I64": np.int64, "F32": np.float32, "F64": np.float64, "BOOL": np.bool_}  # of constants
+NUMPY: dict[str, Any] = {
+    "I64": np.int64,
+    "F32": np.float32,
+    "F64": np.float64,
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+}  # of constants
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,12 @@ class Weight:
     Attributes:
         transposed: of two axes only.
         encoding: one of the arrays that a quantised matrix is stored as.
-        reshaped: its shape, where it is another one than the encoding's.
     """
 
     value: ir.Value
     tensor: PlannedTensor
     transposed: bool = False
     encoding: Encoding | None = None
-    reshaped: tuple[int, ...] | None = None
 
     @property
     def dtype(self) -> str:
@@ -48,8 +52,6 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if self.reshaped:
-            return self.reshaped
         if self.encoding:
             n, k = self.tensor.shape
             return self.encoding.shape(n, k)
@@ -106,10 +108,9 @@ class Graph:
         *,
         transposed: bool = False,
         encoding: Encoding | None = None,
-        reshaped: tuple[int, ...] | None = None,
     ) -> ir.Value:
         """A weight by its name; see `Weight`. Asking twice for the same one gives the same value."""
-        value = self._stored(Weight(ir.Value(name=name), tensor, transposed, encoding, reshaped))
+        value = self._stored(Weight(ir.Value(name=name), tensor, transposed, encoding))
         if name not in self._ready:
             self._ready[name] = value
             stored = self.weights[name].dtype

@@ -36,13 +36,22 @@ def linear(g: Graph, x: ir.Value, weights: Sequence[tuple[str, PlannedTensor]], 
 
 
 def gather(g: Graph, ids: ir.Value, name: str, tensor: PlannedTensor, method: str) -> ir.Value:
-    """Rows of a table (n, k) of whole blocks, from the codes that `linear` uses."""
-    codes, scales = (Encoding(method, part) for part in PARTS)
-    rows = tensor.shape[0], tensor.shape[1] * codes.bits // 8
-    data = g.weight(f"{name}.rows", tensor, encoding=codes, reshaped=rows)  # the same bytes, in two axes
-    options = {"bits": codes.bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-    scale = g.weight(f"{name}.scales", tensor, encoding=scales)
-    return g.op("GatherBlockQuantized", data, ids, scale, domain=CONTRIB, **options)
+    """Rows (b, T, k) of a table (n, k) of whole blocks, from the codes and scales that `linear` uses.
+
+    In standard operators: onnxruntime-web 1.31 has no kernel for `GatherBlockQuantized` in wasm.
+    """
+    i64, encoding = g.constant, Encoding(method, "codes")
+    codes, scales = (
+        g.op("Gather", g.weight(f"{name}.{part}", tensor, encoding=Encoding(method, part)), ids) for part in PARTS
+    )
+    if encoding.bits == 4:  # the even ones are the lower halves of bytes
+        low = g.op("BitwiseAnd", codes, g.constant(15, "U8"))
+        high = g.op("BitShift", codes, g.constant(4, "U8"), direction="RIGHT")
+        pairs = g.op("Concat", *(g.op("Unsqueeze", half, i64([-1])) for half in (low, high)), axis=-1)
+        codes = g.op("Reshape", pairs, i64([0, 0, 0, BLOCK]))
+    zero = g.constant(float(1 << (encoding.bits - 1)), "F32")
+    values = g.op("Sub", g.op("Cast", codes, to=int(ir.DataType.FLOAT)), zero)
+    return g.op("Reshape", g.op("Mul", values, g.op("Unsqueeze", scales, i64([-1]))), i64([0, 0, tensor.shape[1]]))
 
 
 def gathers(tensor: PlannedTensor, method: str | None) -> bool:
