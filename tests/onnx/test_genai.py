@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 import matexport as mx
@@ -84,6 +85,50 @@ def test_it_runs_without_our_kernels_too(language: Path, tmp_path: Path) -> None
     config["model"]["decoder"]["session_options"].pop("custom_ops_library", None)
     (tmp_path / "out" / "genai_config.json").write_text(json.dumps(config))
     assert generate(tmp_path / "out", 1) == [greedy(planned, ids) for ids in prompts(1)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float16"}, {"quantize": "int8-block"}, {"quantize": "int4-block"}], ids=str
+)
+def test_weights_in_fewer_bits(language: Path, tmp_path: Path, options: dict[str, str]) -> None:
+    """Against our own loop over the same file: prefill, then one token after the other."""
+    planned = mx.plan(language, HALF)
+    mx.export_onnx(planned, tmp_path / "out", target="genai", **options)
+    session_options = onnxruntime.SessionOptions()
+    if library := ort_library():
+        session_options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(
+        tmp_path / "out" / "model.onnx", session_options, providers=["CPUExecutionProvider"]
+    )
+    want = []
+    for ids in prompts(2):
+        rows, done = np.array(ids), 0
+        past = {i.name: np.zeros([2, *i.shape[1:]], np.float32) for i in session.get_inputs()[2:]}
+        for _ in range(NEW):
+            feed = {"input_ids": rows[:, done:], "attention_mask": np.ones_like(rows), **past}
+            logits, *present = session.run(None, feed)
+            done, past = rows.shape[1], dict(zip(past, present, strict=True))
+            rows = np.concatenate([rows, logits[:, -1].argmax(-1)[:, None]], 1)
+        want.append(rows[:, len(ids[0]) :].tolist())
+    assert generate(tmp_path / "out", 2) == want
+
+
+def test_a_pad_id_that_is_a_token_is_not_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokenizers pad with the token that begins or ends a text: a prompt may end with it."""
+    source = language_checkpoint(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "bos_token_id": 7, "pad_token_id": 7}))
+    planned = mx.plan(source, HALF)
+    mx.export_onnx(planned, tmp_path / "out", target="genai")
+    monkeypatch.setitem(globals(), "prompts", lambda _: [[[5, 9, 3, 7]], [[7, 5, 9]]])
+    want = [greedy(planned, ids) for ids in prompts(1)]
+    assert generate(tmp_path / "out", 1) == want
+    path = tmp_path / "out" / "genai_config.json"
+    genai_config = json.loads(path.read_text())
+    assert genai_config["model"]["bos_token_id"] == 7
+    genai_config["model"]["pad_token_id"] = 7
+    path.write_text(json.dumps(genai_config))
+    assert generate(tmp_path / "out", 1) != want  # onnxruntime-genai leaves that token out
 
 
 def test_special_tokens_and_tokenizer_go_along(tmp_path: Path) -> None:

@@ -39,8 +39,12 @@ def genai_files(plan: Plan, graph: Graph, form: str) -> dict[str, bytes]:
     logits = graph.outputs[0].shape
     assert logits is not None
     rows = int(logits[2])  # type: ignore[arg-type]
-    # what a batch is padded with is masked, wherever it stands at an end, and token 0 if there is no such id: where the
-    # tokenizer names none, the last row of the embedding, which is there to fill it up
+    ids = {key: value for key in IDS if (value := plan.config.get(key)) is not None}
+    # what equals pad_token_id at the end of a prompt is masked, and token 0 if there is no such id. Where it is none,
+    # or one that prompts hold, it is the last row of the embedding, which is there to fill it up
+    begin, end = ids.get("bos_token_id"), ids.get("eos_token_id")
+    if ids.get("pad_token_id") in (None, begin, *(end if isinstance(end, list) else [end])):
+        ids["pad_token_id"] = rows - 1
     session: dict[str, object] = {"log_id": "onnxruntime-genai", "provider_options": []}
     library = matexport_plugins.ort_library() if form == "custom" else None
     if library:
@@ -50,8 +54,7 @@ def genai_files(plan: Plan, graph: Graph, form: str) -> dict[str, bytes]:
             "type": "decoder",
             "vocab_size": rows,
             "context_length": CONTEXT,
-            "pad_token_id": rows - 1,
-            **{key: value for key in IDS if (value := plan.config.get(key)) is not None},
+            **ids,
             "decoder": {
                 "session_options": session,
                 "filename": "model.onnx",
