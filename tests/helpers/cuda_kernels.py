@@ -98,13 +98,14 @@ def rounded(inputs: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def run(library: ctypes.CDLL, op: str, inputs: Tensors, *, in_place: bool = False, with_state: bool = True,
-        **attributes: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        check_workspace: bool = True, **attributes: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Runs "Mamba2Scan" or "CausalConv1d". Outputs and workspace are full of NaN before.
 
     Args:
         inputs: contiguous, of the types that the kernels take.
         in_place: the state is given as final_state too.
         with_state: whether final_state is asked for.
+        check_workspace: that no more of it was written than was asked for (waits for the GPU).
     """
     scan, x = op == "Mamba2Scan", inputs["x"]
     problem = scan_problem(inputs, **attributes) if scan else conv_problem(inputs)
@@ -125,7 +126,7 @@ def run(library: ctypes.CDLL, op: str, inputs: Tensors, *, in_place: bool = Fals
         workspace = torch.full((size // 4 + 1,), torch.nan, device=x.device)
         pointer = ctypes.c_void_p(workspace.data_ptr())
         status = library.matexport_cuda_scan(ctypes.byref(problem), code, pointer, stream)
-        assert workspace[-1].isnan()  # it wrote no more than it said
+        assert not check_workspace or workspace[-1].isnan()  # it wrote no more than it said
     else:
         status = library.matexport_cuda_conv(ctypes.byref(problem), code, stream)
     assert status == 0, library.matexport_cuda_error(status)

@@ -1,7 +1,7 @@
-"""Builds a TensorRT-RTX engine with plugins. Run as a program by tests/tensorrt/test_plugin.py, since TensorRT may abort.
+"""Builds a TensorRT-RTX engine with plugins. Run as a program by tests/tensorrt/test_plugin.py: TensorRT may abort.
 
-One argument, JSON: `model` (ONNX file), `plugins` (libraries), `profiles`, and optionally `engine` (where to write it),
-`embed` (libraries go into the engine), `aliased` (the preview feature for aliased I/O), `targets` (compute capabilities).
+One argument, JSON: `model` (ONNX file), `plugins` (libraries), `profiles`; optionally `engine` (where to write it),
+`embed` (libraries go into the engine), `aliased` (preview feature for aliased I/O), `targets` (compute capabilities).
 Prints JSON: `bytes` of the engine or null, `messages`, `creators` (name, version, namespace) that the libraries brought.
 """
 
