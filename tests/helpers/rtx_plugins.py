@@ -2,7 +2,7 @@
 
 One argument, JSON: `model` (ONNX file), `plugins` (libraries), `profiles`; optionally `engine` (where to write it),
 `embed` (libraries go into the engine), `aliased` (preview feature for aliased I/O), `targets` (compute capabilities).
-Prints JSON: `bytes` of the engine or null, `messages`, `creators` (name, version, namespace) that the libraries brought.
+Prints JSON: `bytes` of the engine or null, `messages`, `creators` (name, version, namespace) that the libraries bring.
 """
 
 from __future__ import annotations
