@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """What is particular to the CUDA kernels: barriers, states in place, segments, unaligned memory, resources on each GPU.
 
 Their results are compared with the reference in test_ops.py, as the backends cuda-on-cpu-*.
