@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-NATIVE := plugins/CMakeLists.txt $(wildcard plugins/matexport_plugins/*/*.cc plugins/matexport_plugins/*/*.h)
+NATIVE := plugins/CMakeLists.txt plugins/cuda.cmake $(wildcard plugins/matexport_plugins/*/*.cc \
+          plugins/matexport_plugins/*/*.cu plugins/matexport_plugins/*/*.h)
 
 # with the newest, which constraints.txt names, all that the library of custom ops is tested in
 ONNXRUNTIMES := 1.20.1 1.23.2 1.25.1 1.28.0

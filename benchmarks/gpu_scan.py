@@ -1,4 +1,4 @@
-"""Mamba2Scan on an NVIDIA GPU: our Triton kernels against mamba_ssm, flash-linear-attention and PyTorch.
+"""Mamba2Scan on an NVIDIA GPU: our Triton and CUDA kernels against mamba_ssm, flash-linear-attention and PyTorch.
 
     python benchmarks/gpu_scan.py --out FOLDER [--seconds 240]      (`make gpu OUT=FOLDER` runs the tests as well)
 
@@ -25,13 +25,15 @@ from typing import Any
 DRY = "--dry" in sys.argv
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-for root in ("plugins", "exporter"):
+for root in ("plugins", "exporter", "tests/helpers"):
     sys.path.insert(0, str(Path(__file__).parents[1] / root))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402, N812
 from measuring import say, spread, versions  # noqa: E402
 
+import cuda_kernels  # noqa: E402
+import matexport_plugins  # noqa: E402
 from matexport_plugins.mamba2_scan import triton_op  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
@@ -191,9 +193,27 @@ def ours_step(i: Tensors) -> Way:
     return run
 
 
+def ours_in_cuda(i: Tensors) -> Way:
+    """Needs libmatexport_cuda.so, which is built where matexport-plugins was installed beside an nvcc."""
+    path = matexport_plugins.trt_library()
+    if path is None or DRY:
+        raise ModuleNotFoundError("libmatexport_cuda")
+    step = i["x"].shape[1] == 1
+    call, memory = cuda_kernels.prepare(cuda_kernels.open_library(path), "Mamba2Scan", i, in_place=step)
+
+    def run() -> Any:
+        call()
+        return memory["y"], memory["final_state"]
+
+    if step:  # the state is updated in place
+        run.reset = lambda: memory["final_state"].copy_(i["state"])  # type: ignore[attr-defined]
+    return run
+
+
 COMPILE = {"backend": "eager"} if DRY else {"dynamic": False}
 PREFILL_WAYS: dict[str, Callable[[Tensors], Way]] = {
     "triton": ours_prefill,
+    "cuda": ours_in_cuda,
     "mamba_ssm": mamba_ssm_prefill,
     "simple_gla": simple_gla_prefill,
     "torch": lambda i: functools.partial(chunked, **i),
@@ -201,6 +221,7 @@ PREFILL_WAYS: dict[str, Callable[[Tensors], Way]] = {
 }
 STEP_WAYS: dict[str, Callable[[Tensors], Way]] = {
     "triton": ours_step,
+    "cuda": ours_in_cuda,
     "mamba_ssm": mamba_ssm_step,
     "torch": lambda i: functools.partial(one_step, **i),
     "torch.compile": lambda i: functools.partial(torch.compile(one_step, **COMPILE), **i),

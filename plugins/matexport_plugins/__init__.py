@@ -5,14 +5,32 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 
-def ort_library() -> Path | None:
+def ort_library(*, cuda: bool = False) -> Path | None:
     """The library of custom ops for ONNX Runtime, for `SessionOptions.register_custom_ops_library`.
 
+    Args:
+        cuda: the one whose ops run on NVIDIA GPUs too. It holds the ops for the CPU as well, since ONNX Runtime takes a
+            domain of ops from one library only: register this one or the other.
+
     Returns:
-        Its path, or None if this installation was built without native code (`MATEXPORT_NATIVE=0`, or no compiler).
+        Its path, or None if this installation was built without native code (`MATEXPORT_NATIVE=0`, or no compiler;
+        for CUDA `MATEXPORT_CUDA=0`, or no nvcc).
     """
+    return _library("matexport_cuda" if cuda else "matexport_ort")
+
+
+def trt_library() -> Path | None:
+    """The library of TensorRT plugins, for `IPluginRegistry.load_library` or `trtexec --dynamicPlugins`.
+
+    Returns:
+        Its path, or None if this installation was built without CUDA (`MATEXPORT_CUDA=0`, or no nvcc).
+    """
+    return _library("matexport_cuda")
+
+
+def _library(name: str) -> Path | None:
     # an editable installation has two folders: that of the sources and that of what was built
     for folder in __path__:
-        for path in sorted(Path(folder, "native").glob("libmatexport_ort.*")):
+        for path in sorted(Path(folder, "native").glob(f"lib{name}.*")):
             return path
     return None

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,9 @@ def rounded(inputs: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {k: v.to(dtype) if k in ROUNDED else v for k, v in inputs.items()}
 
 
-def run(library: ctypes.CDLL, op: str, inputs: Tensors, *, in_place: bool = False, with_state: bool = True,
-        **attributes: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Runs "Mamba2Scan" or "CausalConv1d". Outputs and workspace are full of NaN before.
+def prepare(library: ctypes.CDLL, op: str, inputs: Tensors, *, in_place: bool = False, with_state: bool = True,
+            **attributes: Any) -> tuple[Callable[[], None], dict[str, torch.Tensor]]:  # fmt: skip
+    """A call of "Mamba2Scan" or "CausalConv1d", and the memory it writes, full of NaN: y, final_state, workspace.
 
     Args:
         inputs: contiguous, of the types that the kernels take.
@@ -116,17 +116,27 @@ def run(library: ctypes.CDLL, op: str, inputs: Tensors, *, in_place: bool = Fals
         state = given["state"] = inputs["state"].clone()
     for name, value in {**given, "y": y, "final_state": state if with_state else None}.items():
         setattr(problem, name, None if value is None else value.data_ptr())
-    code, stream, size = CODES[x.dtype], None, 0
-    if x.is_cuda:
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    reference, code, size = ctypes.byref(problem), CODES[x.dtype], 0
     if scan:
-        size = library.matexport_cuda_scan_workspace(ctypes.byref(problem), code)
-        assert size <= library.matexport_cuda_scan_most_workspace(ctypes.byref(problem), code)
-        workspace = torch.full((size // 4 + 1,), torch.nan, device=x.device)
-        pointer = ctypes.c_void_p(workspace.data_ptr())
-        status = library.matexport_cuda_scan(ctypes.byref(problem), code, pointer, stream)
-        assert workspace[-1].isnan()  # it wrote no more than it said
-    else:
-        status = library.matexport_cuda_conv(ctypes.byref(problem), code, stream)
-    assert status == 0, library.matexport_cuda_error(status)
-    return y, state
+        size = library.matexport_cuda_scan_workspace(reference, code)
+        assert size <= library.matexport_cuda_scan_most_workspace(reference, code)
+    workspace = torch.full((size // 4 + 1,), torch.nan, device=x.device)
+
+    def call() -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream) if x.is_cuda else None
+        if scan:
+            status = library.matexport_cuda_scan(reference, code, ctypes.c_void_p(workspace.data_ptr()), stream)
+        else:
+            status = library.matexport_cuda_conv(reference, code, stream)
+        assert status == 0, library.matexport_cuda_error(status)
+
+    call.keeps = given, problem  # type: ignore[attr-defined]  # memory that the kernels read
+    return call, {"y": y, "final_state": state, "workspace": workspace}
+
+
+def run(library: ctypes.CDLL, op: str, inputs: Tensors, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Calls what `prepare` prepares, once: y and the final state."""
+    call, memory = prepare(library, op, inputs, **how)
+    call()
+    assert memory["workspace"][-1].isnan()  # it wrote no more than it said
+    return memory["y"], memory["final_state"]

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """What is particular to the CUDA kernels: barriers, states in place, segments, unaligned memory, resources on each GPU.
 
 Their results are compared with the reference in test_ops.py, as the backends cuda-on-cpu-*.
@@ -179,9 +178,9 @@ TYPES = """
 #include "cuda_types.h"
 using namespace matexport::cuda;
 #define API extern "C" __attribute__((visibility("default")))
-API void to_half(const float *in, uint16_t *out, int n) { for (int i = 0; i < n; ++i) out[i] = nearest<Half>(in[i]).bits; }
-API void to_bf16(const float *in, uint16_t *out, int n) { for (int i = 0; i < n; ++i) out[i] = nearest<Bf16>(in[i]).bits; }
-API void from_half(const uint16_t *in, float *out, int n) { for (int i = 0; i < n; ++i) out[i] = value(Half{in[i]}); }
+API void to_half(const float *in, uint16_t *out, int n) { while (n--) out[n] = nearest<Half>(in[n]).bits; }
+API void to_bf16(const float *in, uint16_t *out, int n) { while (n--) out[n] = nearest<Bf16>(in[n]).bits; }
+API void from_half(const uint16_t *in, float *out, int n) { while (n--) out[n] = value(Half{in[n]}); }
 """
 
 
@@ -214,7 +213,9 @@ DEADLOCK = """
 #include "cuda_shim.h"
 struct Nothing {};
 static void kernel(Nothing) { if (threadIdx.x != 3u) __syncthreads(); else matexport::cuda::ballot(true); }
-extern "C" __attribute__((visibility("default"))) int go() { return matexport::cuda::launch(kernel, 1, 32, 0, nullptr, Nothing{}); }
+extern "C" __attribute__((visibility("default"))) int go() {
+  return matexport::cuda::launch(kernel, 1, 32, 0, nullptr, Nothing{});
+}
 """
 
 

@@ -129,6 +129,23 @@ MATEXPORT_API const char *matexport_cuda_error(int status) {
 #endif
 }
 
+// For operators that have no workspace of their own; not exported.
+extern "C" void *matexport_cuda_allocate(size_t bytes, void *stream) {
+#ifdef __CUDACC__
+  void *memory = nullptr;
+  return cudaMallocAsync(&memory, bytes, static_cast<cudaStream_t>(stream)) == cudaSuccess ? memory : nullptr;
+#else
+  return (void)stream, std::malloc(bytes);
+#endif
+}
+extern "C" void matexport_cuda_release(void *memory, void *stream) {
+#ifdef __CUDACC__
+  cudaFreeAsync(memory, static_cast<cudaStream_t>(stream));
+#else
+  (void)stream, std::free(memory);
+#endif
+}
+
 #ifndef __CUDACC__
 // For tests: threads run in the opposite order, so that a missing barrier shows.
 MATEXPORT_API void matexport_shim_reversed(int reversed) { shim::reversed = reversed != 0; }

@@ -3,6 +3,7 @@
 
 #include "../causal_conv1d/ort_cpu.h"
 #include "../mamba2_scan/ort_cpu.h"
+#include "cuda_ort.h"
 #include "ort_abi.h"
 
 namespace matexport {
@@ -11,7 +12,7 @@ namespace {
 constexpr char kDomain[] = "ai.matexport";
 
 // The domain, made once for each ONNX Runtime in the process (there is normally one). Sessions refer to it, so it is
-// never freed.
+// never freed. ONNX Runtime takes a domain once a session, so the library for CUDA has the ops for the CPU too.
 ort::Status domain_of(const ort::ApiBase *base, ort::Api api, void **domain) {
   static std::atomic_flag busy = ATOMIC_FLAG_INIT;
   static const ort::ApiBase *made_for = nullptr;
@@ -25,6 +26,10 @@ ort::Status domain_of(const ort::ApiBase *base, ort::Api api, void **domain) {
     s = api.create_domain(kDomain, &fresh);
     for (const ort::CustomOp *op : ops)
       if (!s) s = api.add_op(fresh, op);
+#ifdef MATEXPORT_CUDA
+    for (const ort::CustomOp &op : kCudaOpTable)
+      if (!s) s = api.add_op(fresh, &op);
+#endif
     if (!s) made = fresh, made_for = base;
   }
   *domain = made;

@@ -12,7 +12,7 @@
 namespace matexport::ort {
 
 constexpr uint32_t kApiVersion = 17;  // the lowest with KernelContext_ParallelFor
-constexpr int kFloat = 1, kBool = 9;  // ONNXTensorElementDataType
+constexpr int kFloat = 1, kBool = 9, kFloat16 = 10, kBfloat16 = 16;  // ONNXTensorElementDataType
 constexpr int kRequired = 0, kOptional = 1;
 constexpr int kInvalidArgument = 2, kRuntimeException = 6;
 
@@ -118,6 +118,13 @@ class Api {
     using Task = void (*)(void *, size_t);
     if (count == 0) return nullptr;
     return call<Status, const void *, Task, size_t, size_t, void *>(274, context, task, count, 0, argument);
+  }
+
+  // The CUDA stream in which a kernel of the CUDA provider has to work; null for kernels of the CPU.
+  void *gpu_stream(const void *context) const {
+    void *stream = nullptr;
+    release_status(call<Status, const void *, void **>(193, context, &stream));
+    return stream;
   }
 
   Status create_domain(const char *name, void **domain) const {
