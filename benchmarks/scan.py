@@ -85,7 +85,9 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 # ------------------------------------------------------------------------------------------ measuring
-def measure(ways: dict[str, Way], want: tuple[np.ndarray, ...], rounds: int, label: str) -> dict[str, Any]:
+def measure(
+    ways: dict[str, Way], want: tuple[np.ndarray, ...], rounds: int, label: str, slow: float = SLOW
+) -> dict[str, Any]:
     """Verifies, then times: the ratios of every way to ours, and the seconds of all."""
     errors = {}
     for name, way in ways.items():
@@ -99,7 +101,7 @@ def measure(ways: dict[str, Way], want: tuple[np.ndarray, ...], rounds: int, lab
     for k in range(rounds):
         names = list(ways)
         for name in (*names[k % len(names) :], *names[: k % len(names)]):
-            if k >= 3 and statistics.median(seconds[name]) > SLOW:
+            if k >= 3 and statistics.median(seconds[name]) > slow:
                 continue
             seconds[name].append(block(ways[name]))
     found: dict[str, Any] = {"error": {name: float(f"{e:.1e}") for name, e in errors.items()}, "ratio": {}}

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from matexport.parity.quality import Quality
+
 # kind -> largest max|got - want| / max|want| that passes; 0 means equal bit for bit
 TOLERANCES = {
     "digest": 0.0,  # a file is the one that was written
@@ -39,6 +41,7 @@ class Comparison:
         top1: share of rows along the last axis with the same largest element.
         kl: mean Kullback-Leibler divergence of softmax(got) from softmax(want), in nats.
         detail: why it failed, where the numbers do not say it.
+        quality: what the output is worth, where the inputs tell.
     """
 
     name: str
@@ -51,12 +54,14 @@ class Comparison:
     top1: float | None = None
     kl: float | None = None
     detail: str = ""
+    quality: Quality | None = None
 
     def to_json(self) -> dict[str, Any]:
         keys = ("name", "kind", "max_abs", "max_rel", "cosine", "top1", "kl", "tolerance", "passed")
         values = {key: getattr(self, key) for key in keys}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        return {**finite, **({"detail": self.detail} if self.detail else {})}
+        worth = {"quality": self.quality.to_json()} if self.quality else {}
+        return {**finite, **worth, **({"detail": self.detail} if self.detail else {})}
 
     @property
     def badness(self) -> tuple[bool, float]:

@@ -11,12 +11,13 @@ from matexport.parity.comparison import Comparison
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons of one artefact with its source."""
+    """All comparisons of one artefact with its source, on inputs that are given or random."""
 
     artefact: str
     source: str
     slice_name: str
     comparisons: tuple[Comparison, ...]
+    inputs: str = "given"
 
     @property
     def passed(self) -> bool:
@@ -35,6 +36,7 @@ class Report:
             "artefact": self.artefact,
             "source": self.source,
             "slice": self.slice_name,
+            "inputs": self.inputs,
             "comparisons": [comparison.to_json() for comparison in self.comparisons],
         }
 
@@ -44,7 +46,7 @@ class Report:
         lines = [
             f"# Parity of `{_cell(self.artefact)}`: {verdict}",
             "",
-            f"Slice `{_cell(self.slice_name)}` of `{_cell(self.source)}`.",
+            f"Slice `{_cell(self.slice_name)}` of `{_cell(self.source)}`. Inputs: {self.inputs}.",
             "",
             "| comparison | kind | max abs | max rel | cosine | top-1 | KL | tolerance | |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -58,6 +60,7 @@ class Report:
                 numbers = " | ".join(_short(v) for v in (c.max_abs, c.max_rel, c.cosine, c.top1, c.kl))
                 tolerance = "bitwise" if c.tolerance == 0 else f"{c.tolerance:g}"
                 outcome = "ok" if c.passed else f"**FAILED** {_cell(c.detail)}"
+                outcome += f" ({c.quality})" if c.quality else ""
                 lines.append(f"| {_cell(c.name)} | {c.kind} | {numbers} | {tolerance} | {outcome} |")
         return "\n".join([*lines, ""])
 

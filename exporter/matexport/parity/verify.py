@@ -17,6 +17,7 @@ from matexport.graph.encoding import METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
 from matexport.parity.comparison import TOLERANCES, Comparison, compare
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
+from matexport.parity.quality import quality
 from matexport.parity.report import Report
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.slice_table import FFN, Row
@@ -42,7 +43,8 @@ def verify_artefact(
 
     Args:
         row: the slice, for a checkpoint without a manifest.
-        inputs: by name; random ones (fixed seed) by default.
+        inputs: by name; random ones (fixed seed) by default. With `labels` (batch,) of images beside them, or of a
+            language model, the report also says what the outputs are worth: accuracy or perplexity.
 
     Raises:
         InputError: the artefact cannot be read, or belongs to another kind of source.
@@ -56,6 +58,7 @@ def verify_artefact(
     plan = family.plan_slice(source, row or _row_of(manifest, record, family, artefact), None)
     plan = with_options(plan, family, *_options_of(record, artefact))
     samples = family.sample_inputs(source.config, SAMPLES, SEED)
+    given, labels = inputs is not None, _labels(inputs or {}, samples)
     inputs = samples if inputs is None else _checked(inputs, samples)
     source.fetch(source.tensors)
     progress("the oracle")
@@ -66,14 +69,14 @@ def verify_artefact(
         raise InputError(f"cannot verify an artefact of kind {kind!r}", where=str(artefact), fix="update matexport")
     progress(f"the {kind}")
     files = prove_files(artefact, manifest) if manifest_path(artefact).is_file() else []
-    subject = Subject(artefact, manifest, record, source, family, plan)
+    subject = Subject(artefact, manifest, record, source, family, plan, given, labels)
     try:
         found = check(subject, inputs, want)
     except InputError as e:
         if all(comparison.passed for comparison in files):
             raise
         found = [Comparison(artefact.name, kind, False, 0.0, detail=f"{Path(e.where).name} cannot be read: {e.what}")]
-    return Report(artefact.name, source.name, plan.name, (*found, *files))
+    return Report(artefact.name, source.name, plan.name, (*found, *files), _described(given))
 
 
 def _verify_bundle(
@@ -93,7 +96,12 @@ def _verify_bundle(
         progress(f"row {name!r}")
         report = verify_artefact(artefact / file, source, inputs=inputs, progress=progress)
         found += [replace(c, name=f"{file}: {c.name}") for c in report.comparisons]
-    return Report(artefact.name, source.name, ", ".join(files), (*found, *prove_files(artefact, manifest)))
+    found += prove_files(artefact, manifest)
+    return Report(artefact.name, source.name, ", ".join(files), tuple(found), _described(inputs is not None))
+
+
+def _described(given: bool) -> str:
+    return "given" if given else f"random, seed {SEED}"
 
 
 def _checked(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -110,6 +118,16 @@ def _checked(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]
             what = f"input {name!r} has shape {array.shape}, (any, {', '.join(map(str, sample.shape[1:]))}) expected"
             raise InputError(what, where="--inputs", fix="give a batch of the model's own inputs")
     return {name: np.ascontiguousarray(inputs[name], sample.dtype) for name, sample in samples.items()}
+
+
+def _labels(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """A user's labels, one whole number for each input, if they are given."""
+    labels = inputs.get("labels")
+    count = max((len(inputs[name]) for name in samples if name in inputs and inputs[name].ndim), default=0)
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (count,)):
+        what = f"'labels' has type {labels.dtype} and shape {labels.shape}, whole numbers of shape ({count},) expected"
+        raise InputError(what, where="--inputs", fix="give one label for each input, or none")
+    return labels
 
 
 def _manifest(artefact: Path, row: Row | None) -> dict[str, Any]:
@@ -167,7 +185,11 @@ Outputs = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is verified: an artefact, what its manifest says relative to the source, and what it should be."""
+    """What is verified: an artefact, what its manifest says relative to the source, and what it should be.
+
+    Attributes:
+        given: whether a user gave the inputs; `labels` are theirs.
+    """
 
     artefact: Path
     manifest: dict[str, Any]
@@ -175,6 +197,8 @@ class Subject:
     source: Checkpoint
     family: Family
     plan: Plan
+    given: bool
+    labels: np.ndarray | None
 
 
 def _check_checkpoint(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
@@ -255,7 +279,11 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     left_out = "states." if quantize else "states.conv" if elastic else "no such name"
     want = {name: array for name, array in want.items() if left_out not in name}
     kind = f"onnx {quantize}" if quantize else "onnx"
-    found += _compare_outputs(kind, load_onnx(file)(inputs), want, subject.family)
+    got = load_onnx(file)(inputs)
+    found += _compare_outputs(kind, got, want, subject.family)
+    if subject.given and got.keys() & want.keys() >= {"logits"}:
+        worth = quality(inputs, subject.labels, got["logits"], want["logits"])
+        found = [replace(c, quality=worth) if (c.name, c.kind) == ("logits", kind) else c for c in found]
     if subject.manifest.get("form") == "custom" and kernels():
         kind = "functions" if kind == "onnx" else kind
         found += _compare_outputs(kind, load_onnx(file, library=False)(inputs), want, subject.family)
