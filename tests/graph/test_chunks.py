@@ -113,6 +113,8 @@ def test_no_more_chunks_than_sums_are_exact_for(monkeypatch: pytest.MonkeyPatch,
     for length in (1, 7, 64, 65, 300, 1000):
         found = in_onnxruntime(model, {"length": np.array([length])})[0]
         pieces = chunks.cut(Graph("known"), length)
+        assert isinstance(pieces.count, int)
+        assert isinstance(pieces.steps, int)
         assert pieces.count <= most
         assert found.shape == (pieces.steps, pieces.steps)  # both ways of cutting agree
         assert np.array_equal(found, np.tril(np.ones_like(found)))

@@ -9,7 +9,7 @@ p head dim. Source: SSD paper (arXiv 2405.21060), section 6 and listing 1.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -24,20 +24,22 @@ Size = int | ir.Value  # a Value has shape (1)
 
 @dataclass(frozen=True)
 class Chunks:
-    """How a length is cut, and what depends on that alone.
+    """How a length is cut, and what depends on that alone: made once for all layers.
 
     Attributes:
-        count, steps, tail: c, l, and the steps of dt = 0 that fill the last chunk up; None if there are none.
+        count, steps: c and l; c is known only if it is a number.
+        pads: what fills the last chunk of (b, T, m) up with zeros; None if it is full.
         causal: (l, l), true where j <= i.
         earlier: (c + 1, c + 1), the same.
     """
 
     length: Size
-    count: Size
+    count: int | None
     steps: Size
-    tail: Size | None
+    pads: ir.Value | None
     causal: ir.Value
     earlier: ir.Value
+    shapes: dict[tuple[int, ...], ir.Value] = field(default_factory=dict)
 
 
 def cut(g: Graph, length: int) -> Chunks:
@@ -45,8 +47,9 @@ def cut(g: Graph, length: int) -> Chunks:
     count = min(-(-length // LENGTH), MOST)
     steps = min(length, -(-length // (4 * count)) * 4)
     count = -(-length // steps)
-    triangles = (g.constant(np.tril(np.ones((n, n), bool)), "BOOL") for n in (steps, count + 1))
-    return Chunks(length, count, steps, count * steps - length or None, *triangles)
+    causal, earlier = (g.constant(np.tril(np.ones((n, n), bool)), "BOOL") for n in (steps, count + 1))
+    pads = g.constant([0, 0, 0, 0, count * steps - length, 0]) if length % steps else None
+    return Chunks(length, count, steps, pads, causal, earlier)
 
 
 def cut_any(g: Graph, length: ir.Value) -> Chunks:
@@ -60,7 +63,9 @@ def cut_any(g: Graph, length: ir.Value) -> Chunks:
     steps = g.op("Min", length, g.op("Mul", ceil(length, g.op("Mul", count, i64([4]))), i64([4])))
     count = ceil(length, steps)
     tail = g.op("Sub", g.op("Mul", count, steps), length)
-    return Chunks(length, count, steps, tail, *(_triangle(g, n) for n in (steps, g.op("Add", count, i64([1])))))
+    pads = g.op("Concat", i64([0] * 4), tail, i64([0]), axis=0)
+    causal, earlier = (_triangle(g, n) for n in (steps, g.op("Add", count, i64([1]))))
+    return Chunks(length, None, steps, pads, causal, earlier)
 
 
 def _triangle(g: Graph, size: ir.Value) -> ir.Value:
@@ -98,18 +103,24 @@ def linear_attention(
         y (b, T, h, p), and the state after (b, h, n, p), or None if there was none before.
     """
     i64 = g.constant
-    c, l = chunks.count, chunks.steps
-    whole, each = _of(g, "Mul", c, l), _of(g, "Div", heads, groups)
+    l = chunks.steps
+    if isinstance(heads, int) and isinstance(groups, int):
+        each: Size = heads // groups
+    else:
+        each = g.op("Div", heads, groups)  # type: ignore[arg-type]
 
     def shaped(v: ir.Value, *sizes: Size) -> ir.Value:
-        return g.op("Reshape", v, dims(g, *sizes))
+        key = tuple(size if isinstance(size, int) else id(size) for size in sizes)
+        if key not in chunks.shapes:
+            chunks.shapes[key] = dims(g, *sizes)
+        return g.op("Reshape", v, chunks.shapes[key])
 
     def filled(v: ir.Value) -> ir.Value:  # steps with a = 0 and k v^T = 0 at the end change nothing
-        return v if chunks.tail is None else g.op("Pad", v, dims(g, 0, 0, 0, 0, chunks.tail, 0))
+        return v if chunks.pads is None else g.op("Pad", v, chunks.pads)
 
     def chunked(v: ir.Value, rows: Size, each: Size, size: Size) -> ir.Value:  # (b, T, rows * size) -> b g r c l size
-        v = g.op("Transpose", shaped(filled(v), 0, whole, rows, size), perm=[0, 2, 1, 3])
-        return shaped(v, 0, groups, each, c, l, size)
+        v = g.op("Transpose", shaped(filled(v), 0, -1, rows, size), perm=[0, 2, 1, 3])
+        return shaped(v, 0, groups, each, -1, l, size)
 
     def weights(triangle: ir.Value, steps: ir.Value) -> ir.Value:  # masked before exp
         sums = g.op("Where", triangle, segment_sums(g, steps), g.constant(-math.inf, "F32"))
@@ -121,14 +132,14 @@ def linear_attention(
     Q, K = (chunked(v, groups, 1, state) for v in (query, key))
     V = chunked(shaped(value, 0, 0, -1), heads, each, head_dim)
     a = g.op("Max", decay, g.constant(LOWEST, "F32"))
-    a = shaped(g.op("Transpose", filled(a), perm=[0, 2, 1]), 0, groups, each, c, l)  # b g r c l
+    a = shaped(g.op("Transpose", filled(a), perm=[0, 2, 1]), 0, groups, each, -1, l)  # b g r c l
 
     # inside each chunk: sum over j <= i of (q_i . k_j) exp(a_j+1 + ... + a_i) v_j
     Kt = g.op("Transpose", K, perm=[0, 1, 2, 3, 5, 4])  # b g 1 c n l
     y = g.op("MatMul", g.op("Mul", g.op("MatMul", Q, Kt), weights(chunks.causal, a)), V)
 
     final = None
-    if past is not None or c != 1:
+    if past is not None or chunks.count != 1:
         # what each chunk adds to the state by its end
         to_end = g.op("Exp", g.op("CumSum", a, i64(-1), exclusive=1, reverse=1))
         added = g.op("MatMul", Kt, g.op("Mul", V, g.op("Unsqueeze", to_end, i64([-1]))))
@@ -147,8 +158,8 @@ def linear_attention(
         before = shaped(before, 0, 0, 0, 0, state, head_dim)
         y = g.op("Add", y, g.op("Mul", g.op("MatMul", Q, before), from_start))
 
-    y = g.op("Transpose", shaped(y, 0, heads, whole, head_dim), perm=[0, 2, 1, 3])
-    if chunks.tail is not None:
+    y = g.op("Transpose", shaped(y, 0, heads, -1, head_dim), perm=[0, 2, 1, 3])
+    if chunks.pads is not None:
         y = g.op("Slice", y, i64([0]), dims(g, chunks.length), i64([1]))
     return y, final
 
@@ -158,13 +169,6 @@ def dims(g: Graph, *sizes: Size) -> ir.Value:
     if all(isinstance(size, int) for size in sizes):
         return g.constant(sizes)
     return g.op("Concat", *(_value(g, size) for size in sizes), axis=0)
-
-
-def _of(g: Graph, op: str, a: Size, b: Size) -> Size:
-    """A product or a quotient."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a * b if op == "Mul" else a // b
-    return g.op(op, _value(g, a), _value(g, b))
 
 
 def _value(g: Graph, size: Size) -> ir.Value:
