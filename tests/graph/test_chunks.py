@@ -108,7 +108,7 @@ def test_no_more_chunks_than_sums_are_exact_for(monkeypatch: pytest.MonkeyPatch,
     """A length that would need more has longer chunks."""
     monkeypatch.setattr(chunks, "MOST", most)
     g = Graph("any")
-    g.output(chunks.cut_any(g, g.input("length", "I64", [1])).causal, "causal", "BOOL", ["l", "l"])
+    g.output(chunks.cut_any(g, g.input("length", "I64", [1])).causal, "causal", "F32", ["l", "l"])
     model = ir.to_proto(g.to_model(producer_version="test", metadata={})).SerializeToString()
     for length in (1, 7, 64, 65, 300, 1000):
         found = in_onnxruntime(model, {"length": np.array([length])})[0]
@@ -117,7 +117,7 @@ def test_no_more_chunks_than_sums_are_exact_for(monkeypatch: pytest.MonkeyPatch,
         assert isinstance(pieces.steps, int)
         assert pieces.count <= most
         assert found.shape == (pieces.steps, pieces.steps)  # both ways of cutting agree
-        assert np.array_equal(found, np.tril(np.ones_like(found)))
+        assert np.array_equal(found, np.triu(np.full_like(found, -np.inf), 1))
         assert 0 <= pieces.count * pieces.steps - length < pieces.steps
     feeds, A = inputs(200, 4, 2, 3)
     assert off(in_onnxruntime(scan_model(None, 4, 2, 3, 6, A), feeds), reference(feeds, A, 2)) < 1e-5

@@ -9,7 +9,7 @@ p head dim. Source: SSD paper (arXiv 2405.21060), section 6 and listing 1.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -29,8 +29,10 @@ class Chunks:
     Attributes:
         count, steps: c and l; c is known only if it is a number.
         pads: what fills the last chunk of (b, T, m) up with zeros; None if it is full.
-        causal: (l, l), true where j <= i.
+        causal: (l, l), what is added to sums: 0 where j <= i, and minus infinity.
         earlier: (c + 1, c + 1), the same.
+        last: c, the index of the state after all.
+        before: 0 to c - 1.
     """
 
     length: Size
@@ -39,6 +41,8 @@ class Chunks:
     pads: ir.Value | None
     causal: ir.Value
     earlier: ir.Value
+    last: ir.Value
+    before: ir.Value
     shapes: dict[tuple[int, ...], ir.Value] = field(default_factory=dict)
 
 
@@ -47,9 +51,9 @@ def cut(g: Graph, length: int) -> Chunks:
     count = min(-(-length // LENGTH), MOST)
     steps = min(length, -(-length // (4 * count)) * 4)
     count = -(-length // steps)
-    causal, earlier = (g.constant(np.tril(np.ones((n, n), bool)), "BOOL") for n in (steps, count + 1))
+    causal, earlier = (g.constant(np.triu(np.full((n, n), -np.inf), 1), "F32") for n in (steps, count + 1))
     pads = g.constant([0, 0, 0, 0, count * steps - length, 0]) if length % steps else None
-    return Chunks(length, count, steps, pads, causal, earlier)
+    return Chunks(length, count, steps, pads, causal, earlier, g.constant(count), g.constant(np.arange(count)))
 
 
 def cut_any(g: Graph, length: ir.Value) -> Chunks:
@@ -64,15 +68,44 @@ def cut_any(g: Graph, length: ir.Value) -> Chunks:
     count = ceil(length, steps)
     tail = g.op("Sub", g.op("Mul", count, steps), length)
     pads = g.op("Concat", i64([0] * 4), tail, i64([0]), axis=0)
-    causal, earlier = (_triangle(g, n) for n in (steps, g.op("Add", count, i64([1]))))
-    return Chunks(length, None, steps, pads, causal, earlier)
+    last = g.op("Squeeze", count)
+    causal, earlier = (_triangle(g, n) for n in (g.op("Squeeze", steps), g.op("Add", last, i64(1))))
+    return Chunks(length, None, steps, pads, causal, earlier, last, g.op("Range", i64(0), last, i64(1)))
 
 
 def _triangle(g: Graph, size: ir.Value) -> ir.Value:
-    """(size, size), true where the column is not after the row."""
+    """(size, size), 0 where the column is not after the row, and minus infinity."""
     i64 = g.constant
-    index = g.op("Range", i64(0), g.op("Squeeze", size), i64(1))
-    return g.op("LessOrEqual", g.op("Unsqueeze", index, i64([0])), g.op("Unsqueeze", index, i64([1])))
+    index = g.op("Range", i64(0), size, i64(1))
+    allowed = g.op("LessOrEqual", g.op("Unsqueeze", index, i64([0])), g.op("Unsqueeze", index, i64([1])))
+    return g.op("Where", allowed, g.constant(0.0, "F32"), g.constant(-math.inf, "F32"))
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A length filled up to whole chunks, once for all layers: what is added has no effect, whatever it holds.
+
+    Attributes:
+        chunks: of the longer length.
+        source: (c l), from where each step is taken.
+        mask: (b, c l), false for what was added too.
+        back: (T), the steps themselves.
+    """
+
+    chunks: Chunks
+    source: ir.Value
+    mask: ir.Value
+    back: ir.Value
+
+
+def fill(g: Graph, length: ir.Value, mask: ir.Value) -> Filling:
+    """Of a length (1) with its mask (b, T), which are known when the model runs."""
+    i64, chunks = g.constant, cut_any(g, length)
+    first, last = i64(0), g.op("Squeeze", length)
+    steps = g.op("Range", first, g.op("Mul", chunks.last, g.op("Squeeze", chunks.steps)), i64(1))  # type: ignore[arg-type]
+    source = g.op("Min", steps, g.op("Sub", length, i64([1])))
+    filled = g.op("And", g.op("Gather", mask, source, axis=1), g.op("Less", steps, length))
+    return Filling(replace(chunks, pads=None), source, filled, g.op("Range", first, last, i64(1)))
 
 
 def segment_sums(g: Graph, v: ir.Value) -> ir.Value:
@@ -123,11 +156,7 @@ def linear_attention(
         return shaped(v, 0, groups, each, -1, l, size)
 
     def weights(triangle: ir.Value, steps: ir.Value) -> ir.Value:  # masked before exp
-        sums = g.op("Where", triangle, segment_sums(g, steps), g.constant(-math.inf, "F32"))
-        return g.op("Exp", sums)
-
-    def part(v: ir.Value, axis: int, start: int, end: int) -> ir.Value:
-        return g.op("Slice", v, i64([start]), i64([end]), i64([axis]))
+        return g.op("Exp", g.op("Add", segment_sums(g, steps), triangle))
 
     Q, K = (chunked(v, groups, 1, state) for v in (query, key))
     V = chunked(shaped(value, 0, 0, -1), heads, each, head_dim)
@@ -148,12 +177,13 @@ def linear_attention(
         total = g.op("Pad", g.op("ReduceSum", a, i64([-1]), keepdims=0), i64([0, 0, 0, 1, 0, 0, 0, 0]))
         between = weights(chunks.earlier, g.op("Max", total, g.constant(LOWEST, "F32")))  # b g r c+1 c+1
         if past is None:
-            before = g.op("MatMul", part(part(between, 3, 0, -1), 4, 1, 1 << 60), added)
+            columns = g.op("Slice", between, i64([1]), i64([1 << 60]), i64([4]))
+            before = g.op("MatMul", g.op("Gather", columns, chunks.before, axis=3), added)
         else:
             added = g.op("Concat", shaped(past, 0, groups, each, 1, -1), added, axis=3)
             states = g.op("MatMul", between, added)
-            before = part(states, 3, 0, -1)
-            final = shaped(part(states, 3, -1, 1 << 60), 0, heads, state, head_dim)
+            before = g.op("Gather", states, chunks.before, axis=3)
+            final = shaped(g.op("Gather", states, chunks.last, axis=3), 0, heads, state, head_dim)
         from_start = g.op("Unsqueeze", g.op("Exp", g.op("CumSum", a, i64(-1))), i64([-1]))
         before = shaped(before, 0, 0, 0, 0, state, head_dim)
         y = g.op("Add", y, g.op("Mul", g.op("MatMul", Q, before), from_start))
