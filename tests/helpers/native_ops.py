@@ -114,6 +114,8 @@ def graph_bytes(op: Op, inputs: Mapping[str, np.ndarray], form: str, attributes:
         taps = stateful.taps(g, *sizes, values.get("mask"), kernel=kernel)
         outputs = stateful.causal_conv1d(g, form, *given, taps)
     else:
+        if "mask" in inputs and form != "custom":
+            given[-1] = stateful.numbers(g, values["mask"])
         heads, length = len(inputs["A"]), g.op("Shape", values["x"], start=1, end=2)
         outputs = stateful.mamba2_scan(
             g, form, *given, heads=heads, head_dim=inputs["x"].shape[2] // heads, groups=groups,

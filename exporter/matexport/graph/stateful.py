@@ -60,7 +60,8 @@ def taps(
         every = g.op("Range", i64(0), g.op("Squeeze", rows), i64(1))
         place = g.op("Slice", every, i64([0]), length, i64([0])) if source is None else source
         taken = [g.op("Add", first, g.op("Add", place, i64(j))) for j in range(kernel)]
-        return Taps(tuple(taken), g.op("Add", first, g.op("Slice", every, length, rows, i64([0]))))
+        final = g.op("Add", first, g.op("Slice", every, length, rows, i64([0])))
+        return Taps(tuple(map(g.index, taken)), g.index(final))
     before = g.op("Expand", g.constant(True, "BOOL"), g.op("Concat", batch, i64([tail]), axis=0))
     real = g.op("Concat", before, mask, axis=1)  # (b, k - 1 + T)
     counted = g.op("Cast", real, to=int(ir.DataType.INT64))
@@ -77,7 +78,8 @@ def taps(
     taken = [
         g.op("Add", first, g.op("GatherElements", order, g.op("Add", place, i64(j)), axis=1)) for j in range(kernel)
     ]
-    return Taps(tuple(taken), g.op("Add", first, g.op("Slice", order, length, rows, i64([1]))))
+    final = g.op("Add", first, g.op("Slice", order, length, rows, i64([1])))
+    return Taps(tuple(map(g.index, taken)), g.index(final))
 
 
 def causal_conv1d(
@@ -97,7 +99,12 @@ def causal_conv1d(
 
 def _conv(g: Graph, x: ir.Value, weight: ir.Value, bias: ir.Value, state: ir.Value, taps: Taps) -> Pair:
     """In standard operators."""
-    rows = g.op("Flatten", g.op("Concat", g.op("Transpose", state, perm=[0, 2, 1]), x, axis=1), axis=2)
+    rows = g.op("Concat", g.op("Transpose", state, perm=[0, 2, 1]), x, axis=1)
+    channels = weight.shape[0] if weight.shape else None
+    if isinstance(channels, int):  # simpler for TensorRT
+        rows = g.op("Reshape", rows, g.constant([-1, channels]))
+    else:
+        rows = g.op("Flatten", rows, axis=2)
     weights = g.op("Transpose", weight, perm=[2, 1, 0])  # (k, 1, m)
     y = bias
     for j, taken in enumerate(taps.rows):
@@ -115,7 +122,8 @@ def mamba2_scan(
     """x (b, T, h * p), dt_raw (b, T, h), A, D, dt_bias (h), B, C (b, T, g * n), past (b, h, n, p), mask (b, T)
     -> y (b, T, h * p) and the new state.
 
-    Form `stock` needs `chunks`, and there `past` may be None: zeros; then so is the new state.
+    Form `stock` needs `chunks`, and there `past` may be None: zeros; then so is the new state. Forms in standard
+    operators take the mask as `numbers` gives it.
     """
     values = (x, dt_raw, A, B, C, D, dt_bias, past, mask)
     if form == "custom":
@@ -133,6 +141,11 @@ def mamba2_scan(
     return _scan(g, *values, by_head=by_head, dt_limit=dt_limit, attention=stock)
 
 
+def numbers(g: Graph, mask: ir.Value) -> ir.Value:
+    """(b, T) as 0 and 1, (b, T, 1)."""
+    return g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.FLOAT)), g.constant([2]))
+
+
 def _scan(
     g: Graph, x: ir.Value, dt_raw: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value,
     dt_bias: ir.Value, past: ir.Value | None, mask: ir.Value | None,
@@ -147,7 +160,7 @@ def _scan(
     i64 = g.constant
     dt = softplus(g, dt_raw, dt_bias, dt_limit)
     if mask is not None:  # a step of dt = 0 changes nothing
-        dt = g.op("Mul", dt, g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.FLOAT)), i64([2])))
+        dt = g.op("Mul", dt, mask)
     x4 = g.op("Reshape", x, by_head)
     value = g.op("Mul", x4, g.op("Unsqueeze", dt, i64([3])))
     y, final = attention(g, query=C, key=B, value=value, decay=g.op("Mul", dt, A), past=past)
@@ -199,12 +212,15 @@ def functions(form: str, *, kernel: int, masked: bool, dt_limit: tuple[float, fl
         found.append(body.to_function(OURS, {}))
         body = Body("Mamba2Scan")
         inputs = ["x", "dt_raw", "A", "B", "C", "D", "dt_bias", "state", *mask]
-        arguments = [*(body.input(name, "F32", None) for name in inputs), *([] if masked else [None])]
+        arguments: list[ir.Value | None] = [body.input(n, "BOOL" if n == "mask" else "F32", None) for n in inputs]
+        arguments = [*arguments[:-1], numbers(body, arguments[-1])] if masked else [*arguments, None]  # type: ignore[arg-type]
         kv, q = (
             ir.RefAttr(theirs, ours, ir.AttributeType.INT)
             for theirs, ours in (("kv_num_heads", "heads"), ("q_num_heads", "groups"))
         )
-        by_head = body.op("Concat", body.constant([0, 0]), body.op("Shape", arguments[2]), body.constant([-1]), axis=0)
+        by_head = body.op(
+            "Concat", body.constant([0, 0]), body.op("Shape", body.inputs[2]), body.constant([-1]), axis=0
+        )
         contrib = partial(_contrib_attention, heads=kv, groups=q)
         pair = _scan(body, *arguments, by_head=by_head, dt_limit=dt_limit, attention=contrib)  # type: ignore[arg-type]
         _named(body, pair, ("y", "final_state"))

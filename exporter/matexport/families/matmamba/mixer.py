@@ -70,6 +70,7 @@ class Blocks:
             with g.scope("taps"):
                 source = self.filling.source if self.filling else None
                 self.taps = stateful.taps(g, batch, size, mask, kernel=self.kernel, source=source)
+                self.mask = None if self.mask is None else stateful.numbers(g, self.mask)
 
     def weight(self, name: str) -> ir.Value:
         return self.g.weight(name, self.tensors[name], dtype="F32")
