@@ -17,6 +17,7 @@ class Target:
             no kernel is registered, "contrib" ONNX Runtime's, "stock" ai.onnx operators alone.
         dtype: what float weights are cast to.
         folder: where in the artefact the model lies.
+        split: whether large embeddings are in a graph of their own.
         max_file: the most bytes of weights in one file; None for any number.
         capabilities: of the GPUs that an engine is for, 86 for 8.6; none where that is the GPU at hand.
     """
@@ -26,6 +27,7 @@ class Target:
     forms: tuple[str, ...]
     dtype: str
     folder: str = ""
+    split: bool = False
     max_file: int | None = None
     capabilities: tuple[int, ...] = ()
 

@@ -24,10 +24,11 @@ def kernels() -> Path | None:
     return matexport_plugins.ort_library()
 
 
-def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
+def load_onnx(file: Path, *others: Path, threads: int = 0, library: bool = True) -> Forward:
     """Opens a model and returns a function from inputs by name to outputs by name.
 
-    A model with states is run at once and step by step: see `decode@` in `matexport.families`.
+    A model with states is run at once and step by step: see `decode@` in `matexport.families`. A model in several
+    graphs is given in the order in which they feed each other: embeddings, then the rest.
 
     Args:
         threads: threads inside an operator; 0 leaves the choice to ONNX Runtime.
@@ -45,26 +46,32 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
     options.intra_op_num_threads = threads
     if library and (path := kernels()):
         options.register_custom_ops_library(str(path))
-    try:
-        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime raises classes of its own, all derived from Exception only
-        raise InputError(
-            f"onnxruntime cannot load it: {e}", where=str(file), fix="write the ONNX folder again"
-        ) from None
-    outputs = [output.name for output in session.get_outputs()]
-    # after the tokens, their mask and positions, states; after the logits, the new ones in the same order
-    given = [i for i in session.get_inputs() if i.name not in ("input_ids", "attention_mask", "position_ids")]
-    positions = len(given) + 3 == len(session.get_inputs())
+    sessions = []
+    for path in (file, *others):
+        try:
+            sessions.append(ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+        except Exception as e:  # onnxruntime raises classes of its own, all derived from Exception only
+            fix = "write the ONNX folder again"
+            raise InputError(f"onnxruntime cannot load it: {e}", where=str(path), fix=fix) from None
+    outputs = [output.name for output in sessions[-1].get_outputs()]
+    names = {i.name for session in sessions for i in session.get_inputs()}
+    # among the inputs, states; after the logits, the new ones in the same order
+    given = [i for i in sessions[-1].get_inputs() if i.name.startswith("past_")]
     states = [(i.name, i.shape, new) for i, new in zip(given, outputs[1:], strict=False)]
 
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        try:
-            return dict(zip(outputs, session.run(outputs, dict(inputs)), strict=True))
-        except Exception as e:
-            fix = "write the ONNX folder again"
-            raise InputError(f"onnxruntime cannot run it: {e}", where=str(file), fix=fix) from None
+        known = dict(inputs)
+        for session, path in zip(sessions, (file, *others), strict=True):
+            found = [output.name for output in session.get_outputs()]
+            feed = {i.name: known[i.name] for i in session.get_inputs() if i.name in known}
+            try:
+                known |= zip(found, session.run(found, feed), strict=True)
+            except Exception as e:
+                fix = "write the ONNX folder again"
+                raise InputError(f"onnxruntime cannot run it: {e}", where=str(path), fix=fix) from None
+        return {name: known[name] for name in outputs}
 
-    return partial(_decode, _with_positions(run) if positions else run, states) if states else run
+    return partial(_decode, _with_positions(run) if "position_ids" in names else run, states) if states else run
 
 
 def _with_positions(run: Forward) -> Forward:
