@@ -75,12 +75,13 @@ def load_onnx(file: Path, *others: Path, threads: int = 0, library: bool = True)
 
 
 def _with_positions(run: Forward) -> Forward:
-    """The same with the positions of new tokens, from a mask of all tokens so far that hides none."""
+    """The same with the positions of new tokens, from a mask of all tokens so far."""
     import numpy as np
 
     def positioned(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        (batch, new), total = inputs["input_ids"].shape, inputs["attention_mask"].shape[1]
-        return run({**inputs, "position_ids": np.tile(np.arange(total - new, total), (batch, 1))})
+        new = inputs["input_ids"].shape[1]
+        positions = np.maximum(inputs["attention_mask"].cumsum(1) - 1, 0)
+        return run({**inputs, "position_ids": positions[:, -new:]})
 
     return positioned
 
@@ -88,7 +89,8 @@ def _with_positions(run: Forward) -> Forward:
 def _decode(
     run: Forward, states: Sequence[tuple[str, list[int | str], str]], inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Logits and states of one run, and of prefills of some of the tokens followed by single steps that pass states on.
+    """Logits and states of one run, and of prefills of some of the tokens followed by single steps that pass states on;
+    logits of prompts of different lengths that are padded to one, and of steps after them.
 
     A state whose sizes are not all known is a cache, empty at first; the others are those of the convolution and the
     scan in turn.
@@ -118,7 +120,37 @@ def _decode(
             pieces.append(out["logits"])
         found[f"decode@{split}.logits"] = np.concatenate(pieces, 1)
         found |= {f"decode@{split}.{kind}": array for kind, array in after(out).items()}
+    if len(ids) > 1:
+        found |= {f"decode@{side}.logits": _padded(run, states, zeros, ids, side) for side in ("left", "right")}
     return found
+
+
+def _padded(
+    run: Forward, states: Sequence[tuple[str, list[int | str], str]], zeros: Mapping[str, np.ndarray],
+    ids: np.ndarray, side: str,
+) -> np.ndarray:  # fmt: skip
+    """Logits of all tokens (batch, length): a batch of prompts padded on one side, then a token of each row at a time.
+
+    A row that has no more tokens gets masked ones.
+    """
+    import numpy as np
+
+    batch, length = ids.shape
+    rows, longest = np.arange(batch), max(1, length // 2)
+    seen = longest - rows % longest  # tokens of each row so far
+    place = np.arange(longest) - (longest - seen if side == "left" else np.zeros_like(seen))[:, None]
+    mask = ((place >= 0) & (place < seen[:, None])).astype(np.int64)
+    out = run({"input_ids": ids[rows[:, None], place * mask], "attention_mask": mask, **zeros})
+    logits = np.zeros([batch, length, out["logits"].shape[2]], np.float32)
+    real = mask.astype(bool)
+    logits[np.nonzero(real)[0], place[real]] = out["logits"][real]
+    while (live := seen < length).any():
+        mask = np.concatenate([mask, live[:, None].astype(np.int64)], 1)
+        new = ids[rows, np.minimum(seen, length - 1)][:, None]
+        out = run({"input_ids": new, "attention_mask": mask, **{past: out[name] for past, _, name in states}})
+        logits[rows[live], seen[live]] = out["logits"][live, 0]
+        seen = seen + live
+    return logits
 
 
 def stored_weights(file: Path) -> dict[str, tuple[Path, int]]:
