@@ -16,6 +16,7 @@ class Target:
         forms: how the scan may appear in the graph, the default first: "custom" is our ops, with functions for where
             no kernel is registered, "contrib" ONNX Runtime's, "stock" ai.onnx operators alone.
         dtype: what float weights are cast to.
+        typed: whether `dtype` is also what products are computed in; else that is float32, however weights are stored.
         folder: where in the artefact the model lies.
         max_file: the most bytes of weights in one file; None for any number.
         capabilities: of the GPUs that an engine is for, 86 for 8.6; none where that is the GPU at hand.
@@ -25,6 +26,7 @@ class Target:
     kind: str
     forms: tuple[str, ...]
     dtype: str
+    typed: bool = False
     folder: str = ""
     max_file: int | None = None
     capabilities: tuple[int, ...] = ()
@@ -41,6 +43,8 @@ TARGETS = {
     target.name: target
     for target in (
         Target("cpu", "onnx", ("custom", "contrib", "stock"), "F32"),  # ONNX Runtime >= 1.20 on the CPU: the default
+        # ONNX Runtime >= 1.20 on NVIDIA GPUs (onnxruntime-gpu); states and all between products in float32
+        Target("cuda", "onnx", ("custom", "contrib", "stock"), "F16", typed=True),
         Target("genai", "onnx", ("custom", "contrib"), "F32"),  # onnxruntime-genai >= 0.18
         # transformers.js >= 4.3 and onnxruntime-web, where no kernels of ours can be
         Target("web", "onnx", ("contrib", "stock"), "F32", folder="onnx", max_file=CHUNK),

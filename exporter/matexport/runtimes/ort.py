@@ -46,7 +46,10 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
     if library and (path := kernels()):
         options.register_custom_ops_library(str(path))
     try:
-        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        model = _runnable(file)
+        if model is not file:  # its weights are where it was
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime raises classes of its own, all derived from Exception only
         raise InputError(
             f"onnxruntime cannot load it: {e}", where=str(file), fix="write the ONNX folder again"
@@ -65,6 +68,16 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
             raise InputError(f"onnxruntime cannot run it: {e}", where=str(file), fix=fix) from None
 
     return partial(_decode, _with_positions(run) if positions else run, states) if states else run
+
+
+def _runnable(file: Path) -> Path | bytes:
+    """What ONNX Runtime's CPU can run of a model: its file, or if that has products in bfloat16, another model."""
+    import onnx
+
+    from matexport.runtimes.bfloat16 import without_bfloat16
+
+    model = onnx.load(file, load_external_data=False)
+    return model.SerializeToString() if without_bfloat16(model) else file
 
 
 def _with_positions(run: Forward) -> Forward:
