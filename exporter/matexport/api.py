@@ -18,7 +18,7 @@ from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import Target, target_named
-from matexport.tensorrt import Profile, build_engine
+from matexport.tensorrt import Profile, build_engine, require_builder
 from matexport.tensors import FLOATS
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
@@ -270,16 +270,30 @@ def build_trt(
     table: StrPath | Table | None = None,
     target: str = "rtx",
     shapes: Mapping[str, Profile] | None = None,
+    timing_cache: StrPath | None = None,
     force: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Builds an engine from an ONNX folder, or from a checkpoint by way of ONNX, and returns its manifest.
 
+    Args:
+        timing_cache: for target `tensorrt`: a file of timings, shared by builds.
     Raises:
         UsageError: a row for an ONNX folder, which is one slice already.
         See also `matexport.tensorrt.build_engine` and `export_onnx`.
     """
     chosen, path = target_named(target, "engine"), Path(model)
-    build = partial(build_engine, output=Path(output), target=chosen, shapes=shapes or {}, force=force)
+    require_builder(chosen)  # before the export, not after
+    cache = Path(timing_cache) if timing_cache is not None else None
+    build = partial(
+        build_engine,
+        output=Path(output),
+        target=chosen,
+        shapes=shapes or {},
+        timing_cache=cache,
+        force=force,
+        warn=warn,
+    )
     if manifest_path(path).is_file() and read_manifest(path)["kind"] != "checkpoint":
         if slice is not None:
             raise UsageError("an ONNX folder is one slice already", where=str(path), fix="leave out -s")
