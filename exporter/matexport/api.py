@@ -177,6 +177,8 @@ def export_onnx(
     form: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    opset: int | None = None,
+    split_embeddings: bool = False,
     force: bool = False,
     progress: Progress = _silent,
 ) -> None:
@@ -186,9 +188,13 @@ def export_onnx(
         dtype: what weights are stored as, `float32` (the default), `float16` or `bfloat16`; computed is in float32. For
             target `cuda` also what products are computed in, by default float16.
         quantize: how projections and embeddings are stored: `int8`, `int8-block` or `int4-block`.
+        opset: of ai.onnx; 21 by default.
+        split_embeddings: a graph of their own for embeddings, `embed_tokens.onnx`, in front of
+            `decoder_model_merged.onnx`; some targets have it so anyway.
 
     Raises:
-        UsageError: the target cannot run the form, the form cannot be quantised so, or the output cannot be used.
+        UsageError: the target cannot run the form, the form cannot be quantised so, the family has no such opset or no
+            embeddings to split off, or the output cannot be used.
         CheckpointError, TableError: see `plan`.
     """
     from matexport.graph.encoding import METHODS
@@ -202,8 +208,21 @@ def export_onnx(
         what = f"cannot quantise {quantize!r} in form {chosen.form!r}"
         raise UsageError(what, fix=f"one of {', '.join(METHODS)}; standard operators (--form stock) know int8 only")
     exported, computed = stored_as(planned.plan, chosen, dtype)
-    graph = planned.family.build_graph(exported, chosen.form, quantize=quantize, dtype=computed)
-    write_onnx(planned.checkpoint, exported, graph, Path(output), target=chosen, force=force, progress=progress)
+    family = planned.family
+    options: dict[str, Any] = {"quantize": quantize, "dtype": computed, "opset": opset_of(family, opset)}
+    graphs = family.build_split(exported, chosen.form, **options) if split_embeddings or chosen.split else {}
+    if split_embeddings and not graphs:
+        raise UsageError(f"{family.NAME} has no embeddings to split off", fix="leave out --split-embeddings")
+    written = graphs or family.build_graph(exported, chosen.form, **options)
+    write_onnx(planned.checkpoint, exported, written, Path(output), target=chosen, force=force, progress=progress)
+
+
+def opset_of(family: Family, opset: int | None) -> int:
+    """The opset that is asked for, or the family's default. Raises UsageError if it has no such one."""
+    if opset is not None and opset not in family.OPSETS:
+        fix = f"one of {', '.join(map(str, family.OPSETS))}"
+        raise UsageError(f"{family.NAME} cannot be written at opset {opset}", fix=fix)
+    return opset or family.OPSETS[0]
 
 
 def stored_as(plan: Plan, target: Target, dtype: str | None) -> tuple[Plan, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matexport.errors import InputError, MissingError
-from matexport.runtimes.program import Forward, Program, Value, forward
+from matexport.runtimes.program import Forward, Program, Value, chain, forward
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,9 +20,12 @@ def kernels() -> Path | None:
     return matexport_plugins.ort_library()
 
 
-def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
-    """Opens a model and returns its function from inputs by name to outputs by name; see `open_onnx` and `forward`."""
-    return forward(open_onnx(file, threads=threads, library=library))
+def load_onnx(*files: Path, threads: int = 0, library: bool = True) -> Forward:
+    """Opens a model and returns its function from inputs by name to outputs by name; see `open_onnx` and `forward`.
+
+    A model in several graphs is given in the order in which they feed each other: embeddings, then the rest.
+    """
+    return forward(chain([open_onnx(file, threads=threads, library=library) for file in files]))
 
 
 def open_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Program:
