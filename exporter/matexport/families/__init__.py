@@ -71,15 +71,24 @@ class Family(Protocol):
         """The checkpoint without that damage; `row` is what it was cut with. Raises CheckpointError, UsageError."""
 
     def build_graph(
-        self, plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, opset: int = 21
+        self,
+        plan: Plan,
+        form: str,
+        *,
+        elastic: bool = False,
+        quantize: str | None = None,
+        dtype: str = "F32",
+        opset: int = 21,
     ) -> Graph:
         """The ONNX graph of a planned slice; `form` is how its own ops appear (see `matexport.targets`).
 
         With `elastic`, every weight of a narrower slice is a range of the bytes of the wider one's; `quantize` is how
-        matrices are stored (see `matexport.graph.encoding`).
+        matrices are stored (see `matexport.graph.encoding`), `dtype` what products are computed in.
         """
 
-    def build_split(self, plan: Plan, form: str, *, quantize: str | None = None, opset: int = 21) -> dict[str, Graph]:
+    def build_split(
+        self, plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = 21
+    ) -> dict[str, Graph]:
         """The same in several graphs, each fed with what those before it give: embeddings first; by file name.
 
         Empty for a family whose embeddings are no large part of it.

@@ -69,17 +69,25 @@ def damage(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def build_graph(
-    plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, opset: int = OPSETS[0]
+    plan: Plan,
+    form: str,
+    *,
+    elastic: bool = False,
+    quantize: str | None = None,
+    dtype: str = "F32",
+    opset: int = OPSETS[0],
 ) -> Graph:
     from matexport.families.gemma3n.graph import decoder_graph
 
-    return decoder_graph(plan, form, elastic=elastic, quantize=quantize, opset=opset)
+    return decoder_graph(plan, form, elastic=elastic, quantize=quantize, dtype=dtype, opset=opset)
 
 
-def build_split(plan: Plan, form: str, *, quantize: str | None = None, opset: int = OPSETS[0]) -> dict[str, Graph]:
+def build_split(
+    plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = OPSETS[0]
+) -> dict[str, Graph]:
     from matexport.families.gemma3n.graph import split_graphs
 
-    return split_graphs(plan, form, quantize=quantize, opset=opset)
+    return split_graphs(plan, form, quantize=quantize, dtype=dtype, opset=opset)
 
 
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

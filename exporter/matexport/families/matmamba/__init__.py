@@ -67,15 +67,23 @@ def repair(checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
 
 
 def build_graph(
-    plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, opset: int = OPSETS[0]
+    plan: Plan,
+    form: str,
+    *,
+    elastic: bool = False,
+    quantize: str | None = None,
+    dtype: str = "F32",
+    opset: int = OPSETS[0],
 ) -> Graph:
     from matexport.families.matmamba.graph import language_graph, vision_graph
 
     build = vision_graph if plan.config["model_type"] == "matmamba_vision" else language_graph
-    return build(plan, form, elastic=elastic, quantize=quantize)
+    return build(plan, form, elastic=elastic, quantize=quantize, dtype=dtype)
 
 
-def build_split(plan: Plan, form: str, *, quantize: str | None = None, opset: int = OPSETS[0]) -> dict[str, Graph]:
+def build_split(
+    plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = OPSETS[0]
+) -> dict[str, Graph]:
     return {}
 
 
