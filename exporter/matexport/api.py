@@ -18,7 +18,7 @@ from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import target_named
-from matexport.tensorrt import Profile, build_engine
+from matexport.tensorrt import Profile, build_engine, choose_plugins
 from matexport.tensors import FLOATS
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
@@ -257,23 +257,34 @@ def build_trt(
     table: StrPath | Table | None = None,
     target: str = "rtx",
     shapes: Mapping[str, Profile] | None = None,
+    plugin: str = "none",
+    embed_plugin: bool = False,
+    in_place: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Builds an engine from an ONNX folder, or from a checkpoint by way of ONNX, and returns its manifest.
 
+    Args:
+        plugin: what has the ops: `none`, `cuda` or `triton`.
+        embed_plugin: put the library into the engine, rather than beside it.
+        in_place: write new states over old ones; both are then to be bound to the same memory.
+
     Raises:
         UsageError: a row for an ONNX folder, which is one slice already.
-        See also `matexport.tensorrt.build_engine` and `export_onnx`.
+        See also `matexport.tensorrt.build_engine`, `choose_plugins` and `export_onnx`.
     """
     chosen, path = target_named(target, "engine"), Path(model)
-    build = partial(build_engine, output=Path(output), target=chosen, shapes=shapes or {}, force=force)
+    plugins = choose_plugins(plugin, embed=embed_plugin, in_place=in_place)
+    build = partial(
+        build_engine, output=Path(output), target=chosen, shapes=shapes or {}, plugins=plugins, force=force
+    )
     if manifest_path(path).is_file() and read_manifest(path)["kind"] != "checkpoint":
         if slice is not None:
             raise UsageError("an ONNX folder is one slice already", where=str(path), fix="leave out -s")
         return build(path)
     planned = plan(model, slice, table=table)
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(planned, Path(folder, "onnx"), target="portable")
+        export_onnx(planned, Path(folder, "onnx"), target="cpu" if plugins else "portable")
         return build(Path(folder, "onnx"), inputs=[planned.checkpoint.path])
 
 

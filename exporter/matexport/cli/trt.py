@@ -20,7 +20,7 @@ from matexport.cli.common import (
 )
 from matexport.errors import UsageError
 from matexport.targets import TARGETS, target_named
-from matexport.tensorrt import Profile
+from matexport.tensorrt import PLUGINS, Profile
 
 
 @click.command()
@@ -36,10 +36,17 @@ from matexport.tensorrt import Profile
 @click.option("--min-shapes", multiple=True, metavar="NAME:1x3x8x8", help="Smallest shape of an input.")
 @click.option("--opt-shapes", multiple=True, metavar="NAME:8x3x8x8", help="Shape to be fastest at.")
 @click.option("--max-shapes", multiple=True, metavar="NAME:64x3x8x8", help="Largest shape of an input.")
+@click.option(
+    "--plugin", type=click.Choice(PLUGINS), default="none", show_default=True,
+    help="What has the scan and the convolution: standard operators, our CUDA kernels, or our Triton kernels.",
+)  # fmt: skip
+@click.option("--embed-plugin", is_flag=True, help="Put the library of --plugin cuda into the engine: one file.")
+@click.option("--in-place", is_flag=True, help="Write new states over old ones (--plugin cuda): bind both to one address.")
 @force_option
 def command(
     model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], min_shapes: tuple[str, ...],
-    opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], force: bool,
+    opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], plugin: str, embed_plugin: bool, in_place: bool,
+    force: bool,
 ) -> None:  # fmt: skip
     """Builds an engine from a checkpoint, or from an ONNX folder (target portable).
 
@@ -59,9 +66,14 @@ def command(
     for name in places:  # before hours of building, not after
         target_named(name, "engine")
     for name, place in places.items():
-        manifest = api.build_trt(model, place, slice=row, table=table, target=name, shapes=shapes, force=force)
+        manifest = api.build_trt(
+            model, place, slice=row, table=table, target=name, shapes=shapes, plugin=plugin,
+            embed_plugin=embed_plugin, in_place=in_place, force=force,
+        )  # fmt: skip
         size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
         say(f"{place}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
+        if "plugins" in manifest:
+            say(f"  to load it: {manifest['plugins']['load']}")
     hint("inspect", "-m", place)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from matexport.errors import InputError, MatexportError, MismatchError, MissingE
 from matexport.manifest import FILE, describe_file, file_problems, manifest_bytes, read_manifest
 from matexport.staging import staged_folder
 from matexport.targets import Target
+from matexport.tensorrt.plugins import Plugins, fused_model
 from matexport.tensorrt.profiles import Profile, profiles
 from matexport.version import __version__
 
@@ -31,6 +33,7 @@ def build_engine(
     *,
     target: Target,
     shapes: Mapping[str, Profile],
+    plugins: Plugins | None = None,
     force: bool = False,
     inputs: Sequence[Path] = (),
 ) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def build_engine(
 
     Args:
         shapes: of some inputs, instead of the default ones; see `matexport.tensorrt.profiles`.
+        plugins: that have the ops, of which the model is then in form `custom`; see `choose_plugins`.
         inputs: what the output must not overlap, beside the ONNX folder.
 
     Raises:
@@ -50,9 +54,13 @@ def build_engine(
     if source["kind"] != "onnx":
         fix = "export it first: matexport onnx"
         raise InputError(f"is of kind {source['kind']!r}, not ONNX", where=str(onnx), fix=fix)
-    if source.get("form") not in target.forms:
-        fix = "export it with: matexport onnx --target portable"
-        raise InputError(f"form {source.get('form')!r} is not for TensorRT", where=str(onnx), fix=fix)
+    form = "custom" if plugins else target.form
+    if source.get("form") != form:
+        fix = f"export it with: matexport onnx --target {'cpu' if plugins else 'portable'}"
+        if source.get("form") == "custom":
+            fix += "; or build it with --plugin cuda, or --plugin triton"
+        using = f"plugin {plugins.kind!r}" if plugins else "TensorRT without plugins"
+        raise InputError(f"form {source.get('form')!r} is not for {using}", where=str(onnx), fix=fix)
     for name, problem in file_problems(onnx, source).items():
         if problem:
             raise MismatchError(f"{name!r} {problem}", where=str(onnx), fix="export it again")
@@ -60,20 +68,24 @@ def build_engine(
         require_tensorrt()
     model = onnx if onnx.is_file() else onnx / "model.onnx"
     chosen = profiles(input_shapes(model), shapes, str(onnx))
-    with staged_folder(output, force=force, inputs=[onnx, *inputs]) as folder:
+    with staged_folder(output, force=force, inputs=[onnx, *inputs]) as folder, model_for(model, plugins) as chosen_model:
         job = {
-            "model": str(model.resolve()),
+            "model": str(chosen_model.path.resolve()),
+            "weights": str(model.resolve()),
+            "plugins": plugins.job() if plugins else None,
             "engine": str(folder / ENGINE),
             "profiles": list(chosen.values()),
             "capabilities": target.capabilities,
         }
         built = run_builder(job, onnx)
+        beside = plugins.put_beside(folder) if plugins else []
         manifest = {
             "kind": "engine",
             "matexport": __version__,
             **{key: source[key] for key in ("family", "slice", "source")},
             "target": target.name,
             "form": source["form"],
+            **chosen_model.described,
             "tensorrt": {"flavour": built["flavour"], "version": built["version"]},
             "capabilities": list(target.capabilities),
             "inputs": built["inputs"],
@@ -85,10 +97,35 @@ def build_engine(
                 for profile, by_input in chosen.items()
             },
             "onnx": source["files"][model.name],
-            "files": {ENGINE: describe_file(folder / ENGINE)},
+            "files": {name: describe_file(folder / name) for name in (ENGINE, *beside)},
         }
         (folder / FILE).write_bytes(manifest_bytes(manifest))
     return manifest
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The model that the builder gets, and what the manifest says of it."""
+
+    path: Path
+    described: dict[str, Any]
+
+
+@contextlib.contextmanager
+def model_for(model: Path, plugins: Plugins | None) -> Iterator[Chosen]:
+    """The ONNX file as it is, or one for the plugins, in a temporary folder; weights stay where they are."""
+    if plugins is None:
+        yield Chosen(model, {})
+        return
+    import onnx
+
+    loaded = onnx.load(model, load_external_data=False)
+    ops, aliases = fused_model(loaded, in_place=plugins.in_place)
+    described = {"plugins": plugins.describe(ops)} | ({"aliases": aliases} if plugins.in_place else {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, model.name)
+        path.write_bytes(loaded.SerializeToString())
+        yield Chosen(path, described)
 
 
 def input_shapes(model: Path) -> dict[str, tuple[int | str, ...]]:
@@ -143,7 +180,7 @@ def run_builder(job: dict[str, Any], onnx: Path) -> dict[str, Any]:
         result = Path(folder, "result.json")
         try:
             done = subprocess.run(
-                [sys.executable, str(child), json.dumps({**job, "result": str(result)})],
+                [sys.executable, "-P", str(child), json.dumps({**job, "result": str(result)})],
                 env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -161,7 +198,8 @@ def run_builder(job: dict[str, Any], onnx: Path) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(result.read_text())
     if not answer["ok"]:
         first = (answer["messages"] or ["no message"])[0]
-        raise InputError(
-            f"TensorRT-RTX refuses the model: {first}", where=str(onnx), fix="see docs/tensorrt.md for what builds"
-        )
+        fix = "see docs/tensorrt.md for what builds"
+        if any("Plugin not found" in message for message in answer["messages"]):
+            fix = "its ops are plugins: build it with --plugin cuda or --plugin triton, or export it with --form stock"
+        raise InputError(f"TensorRT-RTX refuses the model: {first}", where=str(onnx), fix=fix)
     return answer

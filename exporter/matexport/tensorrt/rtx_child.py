@@ -1,4 +1,7 @@
-"""Builds one TensorRT-RTX engine. Run as a program by build.py: it imports nothing of matexport."""
+"""Builds one TensorRT-RTX engine. Run as a program by build.py: it imports nothing of matexport.
+
+Plugins, where the job has any: libraries that the registry loads, or those that our Python registers.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,22 @@ class Log(trt.ILogger):
 def build(job: dict[str, Any]) -> dict[str, Any]:
     """Parses `model`, builds with `profiles` for GPUs of `capabilities` (86 is 8.6), and writes `engine`."""
     log = Log()
+    plugins = job.get("plugins") or {"libraries": [], "python": False, "embed": False, "in_place": False}
+    for library in plugins["libraries"]:
+        trt.get_plugin_registry().load_library(library)
+    if plugins["python"]:
+        from matexport_plugins.tensorrt_plugins import register
+
+        register(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     engine, inputs, outputs = None, {}, {}
-    if parser.parse_from_file(job["model"]):
+    # weights lie beside the file at `weights`, which a model that was changed for plugins is not
+    if parser.parse(Path(job["model"]).read_bytes(), job["weights"]):
         inputs = {tensor.name: describe(tensor) for tensor in map(network.get_input, range(network.num_inputs))}
         outputs = {tensor.name: describe(tensor) for tensor in map(network.get_output, range(network.num_outputs))}
-        engine = builder.build_serialized_network(network, configure(builder, job))
+        engine = builder.build_serialized_network(network, configure(builder, job, plugins))
     else:
         log.messages += [parser.get_error(i).desc() for i in range(parser.num_errors)]
     if engine is not None:
@@ -43,9 +54,13 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def configure(builder: Any, job: dict[str, Any]) -> Any:
-    """The builder's configuration: profiles and GPUs."""
+def configure(builder: Any, job: dict[str, Any], plugins: dict[str, Any]) -> Any:
+    """The builder's configuration: profiles, GPUs, and what plugins ask for."""
     config = builder.create_builder_config()
+    if plugins["in_place"]:
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if plugins["embed"]:
+        config.plugins_to_serialize = plugins["libraries"]
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()
         for name, sizes in shapes.items():

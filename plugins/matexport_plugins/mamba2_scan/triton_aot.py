@@ -42,16 +42,19 @@ def launches(
     sizes = {"HEADS": heads, "GROUPS": groups, "P": P, "N": N, "NT": NT}
     limits = {"dt_min": float(dt_limit[0]), "dt_max": float(dt_limit[1])}
 
+    width = heads * P
+    outputs = {"y_ptr": ("batch", "length", str(width)), "final_ptr": ("batch", str(heads), str(N), str(P))}
+
     def arguments(names: str) -> dict[str, str]:
         return {name: types.get(name, "i32") for name in names.split() if name not in absent}
 
     if step:
         PT = head_tile(P, N)
-        strides = {"x_row": heads * P, "dt_row": heads, "B_row": groups * N, "C_row": groups * N, "z_row": heads * P}
+        strides = {"x_row": width, "dt_row": heads, "B_row": groups * N, "C_row": groups * N, "z_row": width}
         passed = arguments("x_ptr dt_ptr A_ptr B_ptr C_ptr D_ptr bias_ptr state_ptr mask_ptr z_ptr y_ptr final_ptr")
         constants = {**dict.fromkeys(absent), **strides, **limits, **sizes, "PT": PT}
         grid = (str(triton.cdiv(P, PT)), str(heads), "batch")
-        return [Launch(step_kernel, passed, constants, {}, grid, warps=4 if NT * PT >= 2048 else 1)]
+        return [Launch(step_kernel, passed, constants, {}, grid, outputs, warps=4 if NT * PT >= 2048 else 1)]
     tiles = tiles or candidates(P, N, heads // groups, dtype, capability)[0]
     Q, parts = tiles.Q, 3 if dtype == torch.float32 else 2
     HT = min(16, triton.next_power_of_2(heads))
@@ -63,8 +66,9 @@ def launches(
          "Q": Q, "HT": HT},
         {"length": "length"},
         (chunks, str(triton.cdiv(heads, HT)), "batch"),
+        {"sums_ptr": (str(parts), "batch", str(heads), f"{chunks} * {Q}")},
     )  # fmt: skip
-    strides = {"X_ROW": heads * P, "B_ROW": groups * N, "C_ROW": groups * N, "Z_ROW": heads * P}
+    strides = {"X_ROW": width, "B_ROW": groups * N, "C_ROW": groups * N, "Z_ROW": width}
     packs = groups * triton.cdiv(heads // groups, tiles.heads) * triton.cdiv(P, tiles.p)
     scan = Launch(
         scan_kernel,
@@ -73,6 +77,7 @@ def launches(
          "Q": Q, "HB": tiles.heads, "PT": tiles.p},
         {"length": "length", "padded": f"{chunks} * {Q}", "segment": f"{chunks} * {Q}"},
         (str(packs), "1", "batch"),
+        outputs,
         warps=tiles.warps, stages=tiles.stages,
     )  # fmt: skip
     return [sums, scan]

@@ -35,7 +35,8 @@ def mamba2_scan(
     x: torch.Tensor, dt_raw: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor,
     dt_bias: torch.Tensor, state: torch.Tensor | None = None, mask: torch.Tensor | None = None,
     z: torch.Tensor | None = None, *, groups: int = 1, dt_limit: tuple[float, float] = (0.0, math.inf),
-    out_state: torch.Tensor | None = None, tiles: Tiles | None = None, segments: int | None = None,
+    out: torch.Tensor | None = None, out_state: torch.Tensor | None = None, tiles: Tiles | None = None,
+    segments: int | None = None, workspace: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Shapes and equations as in README.md. No gradients.
 
@@ -43,8 +44,10 @@ def mamba2_scan(
         x, B, C, z: float32, float16 or bfloat16, all alike; dt_raw, A, D, dt_bias: any of these types. Batch and step
             strides of x, dt_raw, B, C and z are free as long as they agree: parts of a wider tensor need no copy.
         state: float32. mask: bool.
-        out_state: where the final state goes; for one step it may be `state` itself.
+        out: where y goes. out_state: where the final state goes; for one step it may be `state` itself.
         tiles, segments: how the work is cut, for more than one step; by a rule, or as `tune` found, where None.
+        workspace: memory for what is between the launches, float32, instead of new tensors; `workspace_size` elements
+            suffice. With less of it a sequence is cut into fewer segments, unless `segments` says how many.
 
     Returns:
         y (batch, length, heads * P) in x's type, zero where the mask is, and the final state (batch, heads, N, P),
@@ -52,14 +55,17 @@ def mamba2_scan(
         everything else is float32.
 
     Raises:
-        ValueError: shapes, types or devices are not as above.
+        ValueError: shapes, types or devices are not as above, or the workspace is too small.
         NotImplementedError: N > 256, or bfloat16 in Triton's interpreter, which computes it wrongly without a word.
     """
     batch, length, width, heads, P, N = check(x, dt_raw, A, B, C, D, dt_bias, state, mask, z, groups=groups)
-    y = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
+    y = torch.empty((batch, length, width), dtype=x.dtype, device=x.device) if out is None else out
     final = torch.empty((batch, heads, N, P), device=x.device) if out_state is None else out_state
-    if final.shape != (batch, heads, N, P) or final.dtype != torch.float32 or not final.is_contiguous():
-        raise ValueError(f"out_state: expected contiguous float32 {(batch, heads, N, P)}")
+    for name, value, shape, dtype in (
+        ("out", y, (batch, length, width), x.dtype), ("out_state", final, (batch, heads, N, P), torch.float32)
+    ):  # fmt: skip
+        if value.shape != shape or value.dtype != dtype or not value.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous {dtype} {shape}")
     if out_state is not None and state is not None and length > 1 and out_state.data_ptr() == state.data_ptr():
         raise ValueError("out_state may be state itself for a length of 1 only")
     (x, x_row), (dt_raw, dt_row), (B, B_row), (C, C_row) = (rows(v) for v in (x, dt_raw, B, C))
@@ -81,7 +87,8 @@ def mamba2_scan(
             tiles = _tuned.get(key) or choose(batch, length, heads, groups, P, N, x.dtype, x.device)
         Q = tiles.Q
         chunks, parts = triton.cdiv(length, Q), 3 if x.dtype == torch.float32 else 2
-        sums = torch.empty((parts, batch, heads, chunks * Q), device=x.device)
+        scratch = Scratch(x.device, workspace)
+        sums = scratch.take(parts, batch, heads, chunks * Q)
         HT = min(16, triton.next_power_of_2(heads))
         sums_kernel[(chunks, triton.cdiv(heads, HT), batch)](
             dt_raw, A, dt_bias, mask, length, dt_row, *dt_limit, sums, HEADS=heads, PARTS=parts, Q=Q, HT=HT
@@ -89,6 +96,7 @@ def mamba2_scan(
         programs = groups * triton.cdiv(heads // groups, tiles.heads) * triton.cdiv(P, tiles.p)
         if segments is None:
             segments = useful_segments(programs * batch, length, processors(x.device))
+            segments = min(segments, 1 + scratch.left // (batch * heads * (N * P + 1)))
         segment = triton.cdiv(chunks, segments) * Q
         segments = triton.cdiv(length, segment)
         options = {
@@ -97,8 +105,7 @@ def mamba2_scan(
         }  # fmt: skip
         local = decay = None
         if segments > 1:
-            local = torch.empty((batch, segments - 1, heads, N, P), device=x.device)
-            decay = torch.empty((batch, segments - 1, heads), device=x.device)
+            local, decay = scratch.take(batch, segments - 1, heads, N, P), scratch.take(batch, segments - 1, heads)
             scan_kernel[(programs, segments - 1, batch)](
                 x, sums, B, None, D, None, mask, None, length, chunks * Q, segment, None, None, local, decay,
                 STATES_ONLY=True, **options,
@@ -108,6 +115,47 @@ def mamba2_scan(
             STATES_ONLY=False, **options,
         )  # fmt: skip
     return y, final
+
+
+class Scratch:
+    """Memory for tensors between launches: parts of one float32 tensor, or new ones where there is none."""
+
+    def __init__(self, device: torch.device, memory: torch.Tensor | None) -> None:
+        self.device, self.memory = device, memory
+
+    @property
+    def left(self) -> int:
+        """How many elements can still be taken."""
+        return 1 << 60 if self.memory is None else self.memory.numel()
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """A tensor with any content. Raises ValueError where the memory does not suffice."""
+        if self.memory is None:
+            return torch.empty(shape, device=self.device)
+        size = math.prod(shape)
+        if size > self.left:
+            raise ValueError(f"workspace: {self.left} elements are left where {size} are needed")
+        taken, self.memory = self.memory[:size], self.memory[size:]
+        return taken.view(shape)
+
+
+def workspace_size(
+    batch: int, length: int, heads: int, groups: int, P: int, N: int, dtype: torch.dtype, most_processors: int = 256
+) -> int:
+    """Float32 elements that `mamba2_scan` needs beside its outputs, at most, for up to this batch and length.
+
+    Args:
+        most_processors: of any GPU that this is for; an H200 has 132. With more, a sequence is cut into fewer segments
+            than it could be.
+    """
+    if length == 1:
+        return 0
+    choices = [tiles for target in (80, 90) for tiles in candidates(P, N, heads // groups, dtype, target)]
+    parts, longest = 3 if dtype == torch.float32 else 2, max(tiles.Q for tiles in choices)
+    sums = parts * batch * heads * triton.cdiv(length, longest) * longest
+    fewest = min(groups * triton.cdiv(heads // groups, t.heads) * triton.cdiv(P, t.p) for t in choices)  # a sequence
+    cuts = min(batch * (min(MAX_SEGMENTS, max(1, length // 256)) - 1), 2 * most_processors // fewest)
+    return int(sums + cuts * heads * (N * P + 1))
 
 
 def check(
