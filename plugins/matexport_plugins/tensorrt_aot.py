@@ -119,7 +119,8 @@ def split(model: Any, *, capability: int = 90, step: bool = False) -> list[Launc
     """
     from onnx import helper
 
-    known, found, nodes = shapes_of(model), {}, []
+    known, nodes = shapes_of(model), []
+    found: dict[str, Launch] = {}
     for node in model.graph.node:
         if node.domain != DOMAIN:
             nodes.append(node)
@@ -158,7 +159,7 @@ def roles(node: Any, known: dict[str, Any]) -> dict[str, str]:
     required = {
         "Mamba2Scan": ["x", "dt", "A", "B", "C", "D", "bias"], "CausalConv1d": ["x", "weight", "bias"]
     }[node.op_type]  # fmt: skip
-    names = dict(zip(required, node.input, strict=False))
+    names: dict[str, str] = dict(zip(required, node.input, strict=False))
     for name in filter(None, node.input[len(required) :]):
         shape, kind = known.get(name, ((), 0))
         if not kind:
@@ -174,26 +175,26 @@ def launches_of(node: Any, known: dict[str, Any], *, capability: int = 90, step:
     """The launches of one node of our ops; `known` is from `shapes_of`. Raises ValueError where sizes are missing."""
     import torch
 
+    def size(role: str, axis: int) -> int:
+        shape = known.get(names[role], ((), 0))[0]
+        if len(shape) <= axis or not isinstance(shape[axis], int):
+            raise ValueError(f"{node.name}: the file does not say how large {role} is: export it again")
+        return int(shape[axis])
+
     names = roles(node, known)
-    missing = [names[k] for k in ("x", "bias") if k not in names or names[k] not in known]
-    if missing or node.output[1] not in known:
-        raise ValueError(f"{node.name}: the file does not say the shapes of its tensors: export it again")
     given = {role: role in names for role in ("state", "mask")}
     dtype = getattr(torch, ELEMENTS[known[names["x"]][1]])
-    final = known[node.output[1]][0]
-    if not all(isinstance(size, int) for size in final[1:]):
-        raise ValueError(f"{node.name}: sizes {final} are not known")
     if node.op_type == "CausalConv1d":
         from matexport_plugins.causal_conv1d.triton_aot import launches as conv
 
-        return conv(channels=final[1], k=final[2] + 1, dtype=dtype, step=step, **given)
+        return conv(channels=size("weight", 0), k=size("weight", 2), dtype=dtype, step=step, **given)
     from matexport_plugins.mamba2_scan.triton_aot import launches as scan
 
     attributes = {a.name: a for a in node.attribute}
     groups = attributes["groups"].i if "groups" in attributes else 1
-    limit = tuple(attributes["dt_limit"].floats) if "dt_limit" in attributes else (0.0, math.inf)
-    _, heads, N, P = final
+    low, high = attributes["dt_limit"].floats if "dt_limit" in attributes else (0.0, math.inf)
+    heads = size("bias", 0)
     return scan(
-        heads=heads, P=P, N=N, groups=groups, dtype=dtype, step=step, z="z" in names, dt_limit=limit,
-        capability=capability, **given,
+        heads=heads, P=size("x", 2) // heads, N=size("B", 2) // groups, groups=groups, dtype=dtype, step=step,
+        z="z" in names, dt_limit=(low, high), capability=capability, **given,
     )  # fmt: skip
