@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matexport.api import (
         PlannedSlice,
         build_trt,
+        emit_ptx,
         export_bundle,
         export_in_place,
         export_onnx,
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from matexport.errors import MatexportError
 
 __all__ = [
-    "MatexportError", "PlannedSlice", "__version__", "build_trt", "export_bundle", "export_in_place", "export_onnx",
-    "load_table", "plan", "slice", "verify",
+    "MatexportError", "PlannedSlice", "__version__", "build_trt", "emit_ptx", "export_bundle", "export_in_place",
+    "export_onnx", "load_table", "plan", "slice", "verify",
 ]  # fmt: skip
 
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from matexport.card import model_card
 from matexport.checkpoint import Checkpoint, open_checkpoint
-from matexport.errors import TableError, UsageError
+from matexport.errors import InputError, TableError, UsageError
 from matexport.families import Family, family_of, table_of, with_options
 from matexport.families.rows import WHOLE
-from matexport.manifest import manifest_path, read_manifest
+from matexport.manifest import describe_slice, manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import target_named
-from matexport.tensorrt import Profile, build_engine, choose_plugins
+from matexport.tensorrt import CAPABILITIES, Profile, build_engine, choose_plugins, fused_model, write_ptx
 from matexport.tensors import FLOATS
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
@@ -275,17 +275,66 @@ def build_trt(
     """
     chosen, path = target_named(target, "engine"), Path(model)
     plugins = choose_plugins(plugin, embed=embed_plugin, in_place=in_place)
-    build = partial(
-        build_engine, output=Path(output), target=chosen, shapes=shapes or {}, plugins=plugins, force=force
-    )
-    if manifest_path(path).is_file() and read_manifest(path)["kind"] != "checkpoint":
-        if slice is not None:
-            raise UsageError("an ONNX folder is one slice already", where=str(path), fix="leave out -s")
+    build = partial(build_engine, output=Path(output), target=chosen, shapes=shapes or {}, plugins=plugins, force=force)
+    if is_onnx(path, slice):
         return build(path)
     planned = plan(model, slice, table=table)
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(planned, Path(folder, "onnx"), target="cpu" if plugins else "portable")
         return build(Path(folder, "onnx"), inputs=[planned.checkpoint.path])
+
+
+def emit_ptx(
+    model: StrPath,
+    output: StrPath,
+    *,
+    slice: str | None = None,
+    table: StrPath | Table | None = None,
+    capabilities: Sequence[int] = CAPABILITIES,
+    force: bool = False,
+    progress: Callable[[int], None] = _silent,
+) -> dict[str, Any]:
+    """Writes the Triton kernels of a checkpoint, or of an ONNX folder of form `custom`, as PTX; returns the manifest.
+
+    Args:
+        capabilities: compute capabilities, 90 for 9.0.
+
+    Raises:
+        UsageError: a row for an ONNX folder, which is one slice already.
+        See also `matexport.tensorrt.write_ptx`.
+    """
+    import onnx
+
+    path = Path(model)
+    if is_onnx(path, slice):
+        manifest = read_manifest(path)
+        if manifest["kind"] != "onnx":
+            what = f"is of kind {manifest['kind']!r}, not ONNX"
+            raise InputError(what, where=str(path), fix="give a checkpoint, or what matexport onnx wrote")
+        described = {key: manifest[key] for key in ("matexport", "family", "slice", "source")}
+        loaded = onnx.load(path if path.is_file() else path / "model.onnx", load_external_data=False)
+        source = path
+    else:
+        from matexport.onnx import model_without_weights
+
+        planned = plan(model, slice, table=table)
+        cast = planned.plan.cast("F32")
+        described, source = describe_slice(cast, planned.checkpoint), planned.checkpoint.path
+        loaded = onnx.load_from_string(model_without_weights(cast, planned.family.build_graph(cast, "custom")))
+    fused_model(loaded)
+    return write_ptx(
+        loaded, Path(output), capabilities=capabilities, described=described, where=str(model), force=force,
+        inputs=[source], progress=progress,
+    )  # fmt: skip
+
+
+def is_onnx(path: Path, slice: str | None) -> bool:
+    """Whether an ONNX folder or file is there rather than a checkpoint. Raises UsageError if a row is named too."""
+    if not manifest_path(path).is_file() or read_manifest(path)["kind"] == "checkpoint":
+        return False
+    if slice is not None:
+        raise UsageError("an ONNX folder is one slice already", where=str(path), fix="leave out -s")
+    return True
 
 
 def verify(
@@ -308,6 +357,6 @@ def verify(
 
 
 __all__ = [
-    "PlannedSlice", "build_trt", "export_bundle", "export_in_place", "export_onnx", "load_table", "plan", "slice",
-    "verify",
+    "PlannedSlice", "build_trt", "emit_ptx", "export_bundle", "export_in_place", "export_onnx", "load_table", "plan",
+    "slice", "verify",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """The Triton kernels in TensorRT engines without Python: quickly-deployable plugins (QDP), compiled ahead of time.
 
-For TensorRT 10.9 and newer, on the machine that builds the engine; TensorRT-RTX has no QDP. The engine holds PTX: where it
-runs it needs neither Python nor Triton nor a library of ours.
+For TensorRT 10.9 and newer, on the machine that builds the engine; TensorRT-RTX has no QDP. The engine holds PTX: where
+it runs it needs neither Python nor Triton nor a library of ours.
 
     import tensorrt as trt
     from matexport_plugins import tensorrt_aot
@@ -9,9 +9,10 @@ runs it needs neither Python nor Triton nor a library of ours.
     launches = tensorrt_aot.split(model)       # an onnx.ModelProto with nodes of our ops
     tensorrt_aot.register(launches, 90)        # compute capability of the GPU
 
-A plugin of this kind launches one kernel and has no workspace. So the kernels of one op are several plugins, with tensors
-between them, each for the sizes of one node: nothing but batch and length is left open. Kernels take inputs, integers and
-outputs, in this order; floats are constants in the code. They have no attributes: TensorRT would not serialise them.
+A plugin of this kind launches one kernel and has no workspace. So the kernels of one op are several plugins, with
+tensors between them, each for the sizes of one node: nothing but batch and length is left open. Kernels take inputs,
+integers and outputs, in this order; floats are constants in the code. They have no attributes: TensorRT would not
+serialise them.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def functions(launch: Launch, capability: int) -> tuple[Any, Any]:
         function.__signature__ = inspect.Signature(parameters, return_annotation=result)
         return function
 
-    described = tuple[(trtp.TensorDesc,) * len(outputs)]  # type: ignore[misc]
+    described = tuple.__class_getitem__((trtp.TensorDesc,) * len(outputs))
     built = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
     return signed(describe, described), signed(implement, built, "outputs", "tactic")
 
@@ -182,12 +183,12 @@ def launches_of(node: Any, known: dict[str, Any], *, capability: int = 90, step:
         return int(shape[axis])
 
     names = roles(node, known)
-    given = {role: role in names for role in ("state", "mask")}
+    state, mask = "state" in names, "mask" in names
     dtype = getattr(torch, ELEMENTS[known[names["x"]][1]])
     if node.op_type == "CausalConv1d":
         from matexport_plugins.causal_conv1d.triton_aot import launches as conv
 
-        return conv(channels=size("weight", 0), k=size("weight", 2), dtype=dtype, step=step, **given)
+        return conv(channels=size("weight", 0), k=size("weight", 2), dtype=dtype, step=step, state=state, mask=mask)
     from matexport_plugins.mamba2_scan.triton_aot import launches as scan
 
     attributes = {a.name: a for a in node.attribute}
@@ -196,5 +197,5 @@ def launches_of(node: Any, known: dict[str, Any], *, capability: int = 90, step:
     heads = size("bias", 0)
     return scan(
         heads=heads, P=size("x", 2) // heads, N=size("B", 2) // groups, groups=groups, dtype=dtype, step=step,
-        z="z" in names, dt_limit=(low, high), capability=capability, **given,
+        z="z" in names, dt_limit=(low, high), capability=capability, state=state, mask=mask,
     )  # fmt: skip

@@ -6,8 +6,8 @@
     register(trt)  # before an engine with these plugins is built or loaded
 
 Name, version and namespace are those of the plugins in CUDA (`matexport_plugins.trt_library()`): register one or the
-other. Inputs, outputs and attributes are the ops' own; optional inputs that a node leaves out are told apart by type and
-rank. Here the state cannot be written in place. An engine with them needs Python, PyTorch and Triton where it runs.
+other. Inputs, outputs and attributes are the ops' own; optional inputs that a node leaves out are told apart by type
+and rank. Here the state cannot be written in place. An engine with them needs Python, PyTorch and Triton where it runs.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def register(trt: Any) -> None:
 
 def type_name(kind: Any) -> str:
     """A DataType as torch calls it; one that the ops do not have as TensorRT does."""
-    return TYPES.get(kind.name, kind.name)
+    return TYPES.get(kind.name, str(kind.name))
 
 
 class Arithmetic:
@@ -212,14 +212,17 @@ def enqueue(
     device = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
     kinds, ranks, shapes = described(input_desc)
     names = op.names(kinds, ranks)
-    tensors = {
-        name: tensor_at(*place, device) for name, *place in zip(names, inputs, shapes, kinds, strict=True)
-    }  # fmt: skip
+    places = zip(names, inputs, shapes, kinds, strict=True)
+    tensors = {name: tensor_at(address, shape, kind, device) for name, address, shape, kind in places}
     kinds_out, _, shapes_out = described(output_desc)
-    results = [tensor_at(*place, device) for place in zip(outputs, shapes_out, kinds_out, strict=True)]
+    results = [
+        tensor_at(address, shape, kind, device)
+        for address, shape, kind in zip(outputs, shapes_out, kinds_out, strict=True)
+    ]
     size = op.workspace(dict(zip(names, shapes, strict=True)), kinds[0])
     memory = tensor_at(workspace, (size,), "float32", device)
-    with contextlib.nullcontext() if INTERPRETED else torch.cuda.stream(torch.cuda.ExternalStream(stream, device)):
+    stream_of: Any = torch.cuda.ExternalStream
+    with contextlib.nullcontext() if INTERPRETED else torch.cuda.stream(stream_of(stream, device)):
         op.run(tensors, results, memory)
 
 

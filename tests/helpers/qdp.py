@@ -93,7 +93,13 @@ PARAMS = [f"{kind}_{axis}" for kind in ("grid", "block") for axis in "xyz"] + ["
 def core() -> Any:
     """The module `tensorrt`, as far as `tensorrt.plugin` needs it."""
     trt = types.ModuleType("tensorrt")
-    names = ("IPluginV3", "IPluginV3QuickCore", "IPluginV3QuickBuild", "IPluginV3QuickAOTBuild", "IPluginV3QuickRuntime")
+    names = (
+        "IPluginV3",
+        "IPluginV3QuickCore",
+        "IPluginV3QuickBuild",
+        "IPluginV3QuickAOTBuild",
+        "IPluginV3QuickRuntime",
+    )
     bases = {name: type(name, (), {}) for name in (*names, "IPluginCreatorV3Quick", "ITensor", "ISymExpr")}
     registry = types.SimpleNamespace(creators=[])
     registry.register_creator = lambda creator, namespace: registry.creators.append(creator)
@@ -109,7 +115,7 @@ def core() -> Any:
         PluginFieldCollection=list, get_plugin_registry=lambda: registry, DimsExprs=lambda n: [None] * n,
         Dims=type("Dims", (list,), {"MAX_DIMS": 8}), PluginArgType=enum.Enum("PluginArgType", "INT"),
         PluginArgDataType=enum.Enum("PluginArgDataType", "INT8 INT16 INT32"),
-        QuickPluginCreationRequest=enum.Enum("QuickPluginCreationRequest", "STRICT_AOT STRICT_JIT PREFER_AOT PREFER_JIT"),
+        QuickPluginCreationRequest=enum.Enum("QuickPluginCreationRequest", "STRICT_AOT STRICT_JIT"),
         float32=DataType.FLOAT, float16=DataType.HALF, bfloat16=DataType.BF16, int32=DataType.INT32, bool=DataType.BOOL,
     )  # fmt: skip
     return trt
@@ -159,7 +165,7 @@ def build(trtp: Any, name: str, inputs: Sequence[tuple[DataType, Sequence[str | 
 
 
 class Extra:
-    nbSymExprs = 0
+    nbSymExprs = 0  # noqa: N815
 
     def __init__(self) -> None:
         self.found: dict[int, Any] = {}

@@ -1,5 +1,6 @@
-"""Quickly-deployable plugins from PTX. TensorRT, which has them, cannot be installed here: they are registered and built
-against `helpers/qdp.py`, and by NVIDIA's own Python where TENSORRT_BINDINGS_DIR is set. TensorRT has NOT built them."""
+"""Quickly-deployable plugins from PTX. TensorRT, which has them, cannot be installed here: they are registered and
+built against `helpers/qdp.py`, and by NVIDIA's own Python where TENSORRT_BINDINGS_DIR is set. Not by TensorRT.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -60,7 +60,9 @@ def model_of(op: Any, inputs: Mapping[str, torch.Tensor], **attributes: Any) -> 
             shape[: 1 if value.name == "state" else 2] = ["batch", "length"][: 1 if value.name == "state" else 2]
         value.CopyFrom(helper.make_tensor_value_info(value.name, kinds[inputs[value.name].dtype], shape))
     body = [helper.make_node("Relu", ["x"], ["y"])]
-    model.functions.append(helper.make_function("ai.matexport", op.name, ["x"], ["y"], body, [helper.make_opsetid("", 21)]))
+    model.functions.append(
+        helper.make_function("ai.matexport", op.name, ["x"], ["y"], body, [helper.make_opsetid("", 21)])
+    )
     model.graph.node[0].name = "node"
     return model
 
@@ -78,7 +80,9 @@ def run(model: onnx.ModelProto, launches: list[aot.Launch], values: dict[str, to
         shapes, params, integers = plugin.at(batch=batch, length=length)
         for name, pointer, shape, kind in zip(node.output, launch.outputs, shapes, plugin.types, strict=True):
             values[name] = torch.full(shape, -7, dtype=TORCH[launch.arguments[pointer]])  # whatever was in the memory
-            known[name] = ["batch" if text == "batch" else size for text, size in zip(launch.outputs[pointer], shape, strict=True)]
+            known[name] = [
+                "batch" if text == "batch" else size for text, size in zip(launch.outputs[pointer], shape, strict=True)
+            ]
             kinds[name] = kind
         pointers = [*(values[name] for name in node.input), *integers, *(values[name] for name in node.output)]
         arguments = dict(zip(launch.arguments, pointers, strict=True))  # inputs, integers, outputs: the kernel's order
@@ -99,7 +103,9 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("op", "case", "step"), CASES, ids=str)
-def test_the_plugins_of_an_op_compute_it(op: str, case: dict[str, Any], step: bool, dtype: torch.dtype, trtp: Any) -> None:
+def test_the_plugins_of_an_op_compute_it(
+    op: str, case: dict[str, Any], step: bool, dtype: torch.dtype, trtp: Any
+) -> None:
     """From a node of an ONNX file to numbers, by what the plugins tell a builder, through Triton's interpreter."""
     inputs = tensors(scan_inputs(**case) if op == "scan" else conv_inputs(**case), dtype)
     attributes = {k: case[k] for k in ("groups", "dt_limit") if k in case}
@@ -169,7 +175,9 @@ with qdp.tensorrt() as trtp:
 def test_the_kernels_of_registered_plugins_are_compiled() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(qdp.__file__).parent)
-    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     (sums, *_), (scan, ptx, arguments, (shapes, params, integers)) = map(json.loads, done.stdout.splitlines())
     assert (sums, scan) == ("sums_kernel", "scan_kernel")

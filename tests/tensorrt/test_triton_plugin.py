@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]
 KINDS = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16", torch.bool: "BOOL"}
-WIDE = {"batch": 1, "length": 1100, "heads": 2, "P": 24, "N": 16, "groups": 1}
+WIDE = {"batch": 1, "length": 520, "heads": 2, "P": 24, "N": 16, "groups": 1}
 CASES = [
     *[("scan", case) for case in [*OPTIONS, *MASKS[::2], *DECAYS[1:3], *LIMITS, {**TINY, "heads": 8, "groups": 8}]],
     *[("conv", case) for case in [*CONV_CASES[::4], *CONV_CASES[-6:]]],
@@ -102,7 +102,7 @@ def test_enqueue_in_float16(op: str, case: dict[str, Any]) -> None:
     assert errors(op, case, torch.float16) < 3e-3
 
 
-@pytest.mark.parametrize("processors", [1, 8, 132, 1000])
+@pytest.mark.parametrize("processors", [8, 1000])
 def test_the_workspace_suffices_on_every_gpu(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many processors cut a sequence into segments, of which there are never more than memory was asked for."""
     monkeypatch.setattr(scan_op, "processors", lambda device: processors)

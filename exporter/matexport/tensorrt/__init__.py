@@ -1,7 +1,8 @@
 """TensorRT engines: built by TensorRT-RTX on any machine, in a process of their own."""
 
 from matexport.tensorrt.build import build_engine
-from matexport.tensorrt.plugins import PLUGINS, choose_plugins
+from matexport.tensorrt.plugins import PLUGINS, choose_plugins, fused_model
 from matexport.tensorrt.profiles import Profile
+from matexport.tensorrt.ptx import CAPABILITIES, write_ptx
 
-__all__ = ["PLUGINS", "Profile", "build_engine", "choose_plugins"]
+__all__ = ["CAPABILITIES", "PLUGINS", "Profile", "build_engine", "choose_plugins", "fused_model", "write_ptx"]

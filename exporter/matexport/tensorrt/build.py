@@ -68,7 +68,10 @@ def build_engine(
         require_tensorrt()
     model = onnx if onnx.is_file() else onnx / "model.onnx"
     chosen = profiles(input_shapes(model), shapes, str(onnx))
-    with staged_folder(output, force=force, inputs=[onnx, *inputs]) as folder, model_for(model, plugins) as chosen_model:
+    with (
+        staged_folder(output, force=force, inputs=[onnx, *inputs]) as folder,
+        model_for(model, plugins) as chosen_model,
+    ):
         job = {
             "model": str(chosen_model.path.resolve()),
             "weights": str(model.resolve()),
@@ -121,6 +124,8 @@ def model_for(model: Path, plugins: Plugins | None) -> Iterator[Chosen]:
 
     loaded = onnx.load(model, load_external_data=False)
     ops, aliases = fused_model(loaded, in_place=plugins.in_place)
+    if not ops:
+        raise InputError("has no op that a plugin could have", where=str(model), fix="leave out --plugin")
     described = {"plugins": plugins.describe(ops)} | ({"aliases": aliases} if plugins.in_place else {})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, model.name)

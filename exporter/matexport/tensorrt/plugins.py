@@ -1,9 +1,8 @@
-"""The ops of an engine as plugins: which there are, the model for them, what the builder and whoever loads it must do."""
+"""The ops of an engine as plugins: which there are, the model for them, what builder and loader must do."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -68,7 +67,7 @@ def choose_plugins(kind: str, *, embed: bool = False, in_place: bool = False) ->
 
     Raises:
         UsageError: there is no such kind, or it cannot be embedded or write in place.
-        MissingError: the library was not built, or Triton is not installed.
+        MissingError: the library was not built.
     """
     if kind not in PLUGINS:
         raise UsageError(f"unknown plugin {kind!r}", fix=f"one of {', '.join(PLUGINS)}")
@@ -78,16 +77,13 @@ def choose_plugins(kind: str, *, embed: bool = False, in_place: bool = False) ->
     if kind == "none":
         return None
     if kind == "triton":
-        for package in ("torch", "triton"):
-            if importlib.util.find_spec(package) is None:
-                raise MissingError(f"plugin 'triton' needs {package}", fix=f"pip install {package}")
         return Plugins(kind, None, embed, in_place)
     library = matexport_plugins.trt_library()
     if library is None:
         what = "the library of TensorRT plugins is not in this installation: there was no nvcc when it was made"
         fix = (
-            "install matexport-plugins again beside an nvcc of CUDA 12.8 or newer (MATEXPORT_CUDA=1 makes its absence an"
-            " error), or use --plugin triton, or --plugin none"
+            "install matexport-plugins again beside an nvcc of CUDA 12.8 or newer (MATEXPORT_CUDA=1 makes its absence"
+            " an error), or use --plugin triton, or --plugin none"
         )
         raise MissingError(what, fix=fix)
     return Plugins(kind, library, embed, in_place)
@@ -97,7 +93,9 @@ def _sources_digest() -> str:
     """Of all that a plugin in Python is made of."""
     digest = hashlib.sha256()
     root = Path(matexport_plugins.__file__).parent
-    for path in sorted([*root.glob("tensorrt_plugins.py"), *root.glob("*/tensorrt_plugin.py"), *root.glob("*/triton_*.py")]):
+    for path in sorted(
+        [*root.glob("tensorrt_plugins.py"), *root.glob("*/tensorrt_plugin.py"), *root.glob("*/triton_*.py")]
+    ):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -117,10 +115,8 @@ def fused_model(model: Any, *, in_place: bool = False) -> tuple[list[str], dict[
     """
     from onnx import helper
 
-    graph = model.graph
-    nodes = [node for node in graph.node if node.domain == NAMESPACE]
-    zeros = _zeros(graph)
-    for node in nodes:
+    graph, zeros = model.graph, _zeros(model.graph)
+    for node in _ours(graph):
         for i in reversed([i for i, name in enumerate(node.input) if name in zeros or not name]):
             del node.input[i]  # TensorRT's parser takes no empty names, and the plugins need none
     _drop_unused(graph)
@@ -130,12 +126,16 @@ def fused_model(model: Any, *, in_place: bool = False) -> tuple[list[str], dict[
     if in_place:
         outside = {value.name for value in graph.input}, {value.name for value in graph.output}
         readers = Counter(name for node in graph.node for name in node.input)
-        for node in nodes:
+        for node in _ours(graph):
             state = next((n for n in node.input if n in outside[0] and readers[n] == 1), None)
             if state and len(node.output) > 1 and node.output[1] in outside[1]:
                 node.attribute.append(helper.make_attribute("in_place", 1))
                 aliases[node.output[1]] = state
-    return sorted({node.op_type for node in nodes}), aliases
+    return sorted({node.op_type for node in _ours(graph)}), aliases
+
+
+def _ours(graph: Any) -> list[Any]:
+    return [node for node in graph.node if node.domain == NAMESPACE]
 
 
 def _zeros(graph: Any) -> set[str]:

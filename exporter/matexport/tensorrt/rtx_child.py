@@ -45,7 +45,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         outputs = {tensor.name: describe(tensor) for tensor in map(network.get_output, range(network.num_outputs))}
         engine = builder.build_serialized_network(network, configure(builder, job, plugins))
     else:
-        log.messages += [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        log.messages[:0] = [f"{e.node_operator()} {e.node_name()}: {e.desc()}".lstrip(" :") for e in errors]
     if engine is not None:
         Path(job["engine"]).write_bytes(bytes(engine))
     return {

@@ -1,4 +1,4 @@
-"""CausalConv1d for `matexport_plugins.tensorrt_plugins`: its inputs, types, shapes, and the call of its Triton kernels."""
+"""CausalConv1d for `matexport_plugins.tensorrt_plugins`: inputs, types, shapes, and the call of its kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from matexport_plugins.causal_conv1d.triton_tiles import workspace_size
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +47,6 @@ class CausalConv1d:
         return [[*x], [x[0], x[2], make.subtract(k, 1)]]
 
     def workspace(self, shapes: Mapping[str, Sequence[int]], x: str) -> int:
-        from matexport_plugins.causal_conv1d.triton_op import workspace_size
-
         return workspace_size(*shapes["x"][:2]) if "mask" in shapes else 0
 
     def run(self, tensors: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor], workspace: Any) -> None:

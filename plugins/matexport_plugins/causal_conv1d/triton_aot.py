@@ -10,7 +10,7 @@ import triton
 
 from matexport_plugins.aot import Launch
 from matexport_plugins.causal_conv1d.triton_kernels import conv_kernel, count_kernel
-from matexport_plugins.causal_conv1d.triton_op import conv_tiles
+from matexport_plugins.causal_conv1d.triton_tiles import conv_tiles
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 

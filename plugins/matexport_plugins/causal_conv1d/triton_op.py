@@ -8,6 +8,7 @@ import torch
 import triton
 
 from matexport_plugins.causal_conv1d.triton_kernels import conv_kernel, count_kernel
+from matexport_plugins.causal_conv1d.triton_tiles import conv_tiles, workspace_size
 
 INTERPRETED = not isinstance(conv_kernel, triton.JITFunction)
 
@@ -24,7 +25,8 @@ def causal_conv1d(
             agree. No bias counts as zeros.
         mask: bool.
         out, out_state: where y and the final state go; contiguous, of the types below, and apart from the inputs.
-        workspace: memory for what is between the launches, float32, instead of new tensors: `workspace_size` elements.
+        workspace: memory for what is between the launches, float32, instead of new tensors; of
+            `triton_tiles.workspace_size` elements.
 
     Returns:
         y (batch, length, channels) in x's type, zero where the mask is, and the final state (batch, channels, k - 1) in
@@ -79,14 +81,3 @@ def causal_conv1d(
             C=channels, K=k, BT=BT, BC=BC, KT=max(2, triton.next_power_of_2(k - 1)), num_warps=4,
         )  # fmt: skip
     return y, final
-
-
-def workspace_size(batch: int, length: int) -> int:
-    """Float32 elements that a call with a mask needs beside its outputs; one without needs none."""
-    return 2 * batch * length
-
-
-def conv_tiles(length: int) -> tuple[int, int]:
-    """Steps and channels of a program: 256 bytes or more of a row, and 32 values to a thread at most."""
-    BT = min(16, triton.next_power_of_2(length))
-    return int(BT), 256 if BT > 1 else 128

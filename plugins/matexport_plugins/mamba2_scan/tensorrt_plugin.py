@@ -1,4 +1,4 @@
-"""Mamba2Scan for `matexport_plugins.tensorrt_plugins`: its inputs, types, shapes, and the call of its Triton kernels."""
+"""Mamba2Scan for `matexport_plugins.tensorrt_plugins`: inputs, types, shapes, and the call of its kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from matexport_plugins.mamba2_scan.triton_tiles import workspace_size
 
 if TYPE_CHECKING:
     import torch
@@ -54,13 +56,9 @@ class Mamba2Scan:
         return [[*x], [x[0], heads, make.divide(B[2], self.groups), make.divide(x[2], heads)]]
 
     def workspace(self, shapes: Mapping[str, Sequence[int]], x: str) -> int:
-        import torch
-
-        from matexport_plugins.mamba2_scan.triton_op import workspace_size
-
         (batch, length, width), [heads] = shapes["x"], shapes["A"]
         P, N = width // heads, shapes["B"][2] // self.groups
-        return workspace_size(batch, length, heads, self.groups, P, N, getattr(torch, x))
+        return workspace_size(batch, length, heads, self.groups, P, N, x == "float32")
 
     def run(self, tensors: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor], workspace: Any) -> None:
         from matexport_plugins.mamba2_scan.triton_op import mamba2_scan

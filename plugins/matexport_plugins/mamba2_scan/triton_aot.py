@@ -13,7 +13,8 @@ import triton
 
 from matexport_plugins.aot import Launch
 from matexport_plugins.mamba2_scan.triton_kernels import scan_kernel, step_kernel, sums_kernel
-from matexport_plugins.mamba2_scan.triton_op import Tiles, candidates, head_tile
+from matexport_plugins.mamba2_scan.triton_op import MAX_N
+from matexport_plugins.mamba2_scan.triton_tiles import Tiles, candidates, head_tile
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -30,7 +31,12 @@ def launches(
         step: length 1, rather than any length.
         state, mask, z: whether these inputs are there.
         capability: of the GPU that the tiles are chosen for, where `tiles` does not say.
+
+    Raises:
+        NotImplementedError: N > 256.
     """
+    if N > MAX_N:
+        raise NotImplementedError(f"the Triton kernels hold states of N <= {MAX_N}, not {N}")
     row = f"*{TYPES[dtype]}"
     types = {
         "x_ptr": row, "dt_ptr": row, "A_ptr": "*fp32", "B_ptr": row, "C_ptr": row, "D_ptr": "*fp32",
@@ -55,7 +61,7 @@ def launches(
         constants = {**dict.fromkeys(absent), **strides, **limits, **sizes, "PT": PT}
         grid = (str(triton.cdiv(P, PT)), str(heads), "batch")
         return [Launch(step_kernel, passed, constants, {}, grid, outputs, warps=4 if NT * PT >= 2048 else 1)]
-    tiles = tiles or candidates(P, N, heads // groups, dtype, capability)[0]
+    tiles = tiles or candidates(P, N, heads // groups, dtype == torch.float32, capability)[0]
     Q, parts = tiles.Q, 3 if dtype == torch.float32 else 2
     HT = min(16, triton.next_power_of_2(heads))
     chunks = f"((length + {Q - 1}) // {Q})"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,22 +12,11 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from matexport_plugins.mamba2_scan.triton_kernels import scan_kernel, step_kernel, sums_kernel
+from matexport_plugins.mamba2_scan.triton_tiles import MAX_SEGMENTS, Tiles, candidates, step_tile, useful_segments
 
 INTERPRETED = not isinstance(scan_kernel, triton.JITFunction)
 MAX_N = 256
-MAX_SEGMENTS = 16
 _tuned: dict[tuple[Any, ...], Tiles] = {}
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """What one program takes: `Q` steps at a time of `heads` heads, `p` columns each; `warps` and pipeline `stages`."""
-
-    Q: int
-    heads: int
-    p: int
-    warps: int
-    stages: int
 
 
 def mamba2_scan(
@@ -46,8 +34,9 @@ def mamba2_scan(
         state: float32. mask: bool.
         out: where y goes. out_state: where the final state goes; for one step it may be `state` itself.
         tiles, segments: how the work is cut, for more than one step; by a rule, or as `tune` found, where None.
-        workspace: memory for what is between the launches, float32, instead of new tensors; `workspace_size` elements
-            suffice. With less of it a sequence is cut into fewer segments, unless `segments` says how many.
+        workspace: memory for what is between the launches, float32, instead of new tensors; as many elements as
+            `triton_tiles.workspace_size` says suffice. With less of it a sequence is cut into fewer segments, unless
+            `segments` says how many.
 
     Returns:
         y (batch, length, heads * P) in x's type, zero where the mask is, and the final state (batch, heads, N, P),
@@ -139,25 +128,6 @@ class Scratch:
         return taken.view(shape)
 
 
-def workspace_size(
-    batch: int, length: int, heads: int, groups: int, P: int, N: int, dtype: torch.dtype, most_processors: int = 256
-) -> int:
-    """Float32 elements that `mamba2_scan` needs beside its outputs, at most, for up to this batch and length.
-
-    Args:
-        most_processors: of any GPU that this is for; an H200 has 132. With more, a sequence is cut into fewer segments
-            than it could be.
-    """
-    if length == 1:
-        return 0
-    choices = [tiles for target in (80, 90) for tiles in candidates(P, N, heads // groups, dtype, target)]
-    parts, longest = 3 if dtype == torch.float32 else 2, max(tiles.Q for tiles in choices)
-    sums = parts * batch * heads * triton.cdiv(length, longest) * longest
-    fewest = min(groups * triton.cdiv(heads // groups, t.heads) * triton.cdiv(P, t.p) for t in choices)  # a sequence
-    cuts = min(batch * (min(MAX_SEGMENTS, max(1, length // 256)) - 1), 2 * most_processors // fewest)
-    return int(sums + cuts * heads * (N * P + 1))
-
-
 def check(
     x: torch.Tensor, dt_raw: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor,
     dt_bias: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None, z: torch.Tensor | None, *,
@@ -219,53 +189,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def step_tile(heads: int, P: int, processors: int) -> int:
-    """Columns of a program of the step kernel: few where there would be too few programs, never below 64 bytes."""
-    PT = min(64, max(16, triton.next_power_of_2(P)))
-    while PT > 16 and heads * triton.cdiv(P, PT) < 2 * processors:
-        PT //= 2
-    return int(PT)
-
-
-def head_tile(P: int, N: int) -> int:
-    """Columns of a head that a program takes: the most that pad little."""
-    fit = [PT for PT in (64, 32, 16) if PT * N <= 64 * 128] or [16]
-    padded = {PT: triton.cdiv(P, PT) * PT for PT in fit}
-    return next(PT for PT in fit if 3 * padded[PT] <= 4 * min(padded.values()))
-
-
-def useful_segments(programs: int, length: int, processors: int) -> int:
-    """A segment costs a second pass over x and B: worth it only where most of the GPU would idle otherwise."""
-    if 2 * programs > processors:
-        return 1
-    return max(1, min(MAX_SEGMENTS, length // 256, 2 * processors // programs))
-
-
-def candidates(P: int, N: int, share: int, dtype: torch.dtype, capability: int) -> list[Tiles]:
-    """The tiles worth measuring, the likeliest first; `share` is the number of heads in a group."""
-    p = head_tile(P, N)
-    columns = max(p, 64 if N <= 128 else 32)
-    if dtype == torch.float32:
-        shapes = [(columns // 2, 16, 4, 2), (columns // 4, 16, 4, 2), (columns, 16, 8, 2)]
-    else:
-        shapes = [
-            (columns, 64, 4, 2), (columns, 64, 4, 3), (columns, 64, 8, 2), (2 * columns, 64, 8, 2),
-            (columns, 128, 8, 2), (columns, 32, 4, 3), (columns // 2, 64, 4, 2),
-        ]  # fmt: skip
-        if capability // 10 not in (9, 10):  # without Hopper's products from shared memory, registers are short
-            shapes.insert(0, (columns, 64, 8, 2))
-    found = [
-        Tiles(Q, min(max(1, c // p), triton.next_power_of_2(share)), min(p, max(16, c)), warps, stages)
-        for c, Q, warps, stages in shapes
-    ]
-    return list(dict.fromkeys(found))
-
-
 def choose(
     batch: int, length: int, heads: int, groups: int, P: int, N: int, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
     """By a rule: the likeliest tiles, with fewer heads to a program where the GPU would not be filled otherwise."""
-    first = candidates(P, N, heads // groups, dtype, capability(device))[0]
+    first = candidates(P, N, heads // groups, dtype == torch.float32, capability(device))[0]
     packed = first.heads
     tiles = triton.cdiv(P, first.p) * batch * groups * max(1, min(MAX_SEGMENTS, length // 256))
     while packed > 1 and tiles * triton.cdiv(heads // groups, packed) < processors(device):
@@ -289,7 +217,9 @@ def tune(x: torch.Tensor, dt_raw: torch.Tensor, A: torch.Tensor, B: torch.Tensor
     P, N = width // heads, B.shape[2] // groups
     seconds: dict[Tiles, float] = {}
     rule = choose(batch, length, heads, groups, P, N, x.dtype, x.device)
-    for tiles in dict.fromkeys([rule, *candidates(P, N, heads // groups, x.dtype, capability(x.device))]):
+    for tiles in dict.fromkeys(
+        [rule, *candidates(P, N, heads // groups, x.dtype == torch.float32, capability(x.device))]
+    ):
         run = functools.partial(mamba2_scan, x, dt_raw, A, B, *args, **options, tiles=tiles)
         with contextlib.suppress(OutOfResources):  # a GPU with less shared memory
             seconds[tiles] = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
