@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-PTX_ISA = {80: 84, 86: 84, 87: 84, 89: 84, 90: 84, 100: 86, 103: 88, 120: 87, 121: 88}
+PTX_ISA = {80: 84, 86: 84, 87: 84, 89: 84, 90: 84, 100: 86, 103: 88, 110: 90, 120: 87, 121: 88}
 """Compute capability -> PTX ISA version: 8.4 came with CUDA 12.4, newer architectures have the first with them."""
 
-SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 """Compute capability -> KiB of shared memory that one program may take (CUDA C++ Programming Guide, table of
 compute capabilities)."""
 

@@ -14,7 +14,7 @@ import pytest
 
 from matexport_plugins import aot
 
-CAPABILITIES = [80, 86, 87, 89, 90, 100, 120]
+CAPABILITIES = [80, 86, 87, 89, 90, 100, 110, 120]
 COMPILE = """
 import dataclasses, sys, torch
 from matexport_plugins import aot
@@ -27,6 +27,7 @@ launches = [
     *scan.launches(heads=64, P=24, N=128, dtype=bf16, capability=capability, **everything)[1:],
     *scan.launches(heads=64, P=48, N=128, dtype=bf16, step=True, **everything),
     *conv.launches(channels=4352, k=4, dtype=torch.float16, state=True),
+    *conv.launches(channels=4352, k=4, dtype=bf16, state=True, mask=True),
 ]
 if capability in (80, 90):
     launches += scan.launches(heads=6, P=80, N=64, groups=2, **everything, dt_limit=(0.001, 0.1))
@@ -56,7 +57,8 @@ def test_everything_compiles_within_the_limits_of_the_gpu(capability: int, cache
     lines = done.stdout.splitlines()
     kernels = [json.loads(line) for line in lines[::2]]
     assert [k["name"] for k in kernels] == [
-        "sums_kernel", "scan_kernel", "scan_kernel", "step_kernel", "conv_kernel",
+        "sums_kernel", "scan_kernel", "scan_kernel", "step_kernel", "conv_kernel", "count_kernel",
+        "conv_kernel",
         *(["sums_kernel", "scan_kernel"] if capability in (80, 90) else []),
     ]  # fmt: skip
     suffix = "a" if capability >= 90 else ""
@@ -77,7 +79,7 @@ def test_everything_compiles_within_the_limits_of_the_gpu(capability: int, cache
 
 def tensor_cores(capability: int) -> str:
     """The instruction that multiplies matrices fastest there."""
-    return {9: "wgmma.mma_async", 10: "tcgen05.mma"}.get(capability // 10, "mma.sync.aligned")
+    return {9: "wgmma.mma_async", 10: "tcgen05.mma", 11: "tcgen05.mma"}.get(capability // 10, "mma.sync.aligned")
 
 
 def spill_budget(kernel: dict[str, Any]) -> int:

@@ -139,7 +139,7 @@ def build(
         "profiles": [shapes], "capabilities": [89],
         "plugins": {"libraries": found, "python": False, "embed": False, "in_place": in_place},
     }  # fmt: skip
-    run_builder(job, folder)
+    run_builder(job, folder, "TensorRT-RTX")
 
 
 def test_a_function_that_is_left_in_wins(exported: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from matexport.cli.common import (
     table_option,
 )
 from matexport.errors import UsageError
+from matexport.kernels import emit_ptx
 from matexport.targets import TARGETS, target_named
 from matexport.tensorrt import CAPABILITIES, PLUGINS, Profile
 
@@ -38,6 +39,10 @@ from matexport.tensorrt import CAPABILITIES, PLUGINS, Profile
 @click.option("--opt-shapes", multiple=True, metavar="NAME:8x3x8x8", help="Shape to be fastest at.")
 @click.option("--max-shapes", multiple=True, metavar="NAME:64x3x8x8", help="Largest shape of an input.")
 @click.option(
+    "--timing-cache", metavar="FILE", type=click.Path(path_type=Path),
+    help="For target tensorrt: timings of earlier builds, which make this one faster; written too.",
+)  # fmt: skip
+@click.option(
     "--plugin", type=click.Choice(PLUGINS), default="none", show_default=True,
     help="What has the scan and the convolution: standard operators, our CUDA kernels, or our Triton kernels.",
 )  # fmt: skip
@@ -46,15 +51,15 @@ from matexport.tensorrt import CAPABILITIES, PLUGINS, Profile
     "--in-place", is_flag=True, help="Write new states over old ones (--plugin cuda): bind both to one address."
 )
 @click.option(
-    "--emit-ptx", is_flag=True,
+    "--emit-ptx", "ptx", is_flag=True,
     help="Build no engine: write the Triton kernels of the model as PTX, for the GPUs of each --target, by default for"
     f" compute capabilities {', '.join(f'{n // 10}.{n % 10}' for n in CAPABILITIES)}.",
 )  # fmt: skip
 @force_option
 def command(
     model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], min_shapes: tuple[str, ...],
-    opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], plugin: str, embed_plugin: bool, in_place: bool,
-    emit_ptx: bool, force: bool,
+    opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], timing_cache: Path | None, plugin: str,
+    embed_plugin: bool, in_place: bool, ptx: bool, force: bool,
 ) -> None:  # fmt: skip
     """Builds an engine from a checkpoint, or from an ONNX folder (target portable).
 
@@ -74,7 +79,7 @@ def command(
       matexport trt -m half -o half-fused --plugin cuda --embed-plugin
       matexport trt -m half -o half-ptx --emit-ptx --target rtx-ada
     """
-    if emit_ptx:
+    if ptx:
         if plugin == "cuda" or embed_plugin or in_place or min_shapes or opt_shapes or max_shapes:
             raise UsageError("--emit-ptx builds no engine", fix="leave out the options of engines")
         _emit_ptx(model, table, row, output, targets, force)
@@ -86,8 +91,8 @@ def command(
         target_named(name, "engine")
     for name, place in places.items():
         manifest = api.build_trt(
-            model, place, slice=row, table=table, target=name, shapes=shapes, plugin=plugin,
-            embed_plugin=embed_plugin, in_place=in_place, force=force,
+            model, place, slice=row, table=table, target=name, shapes=shapes, plugin=plugin, embed_plugin=embed_plugin,
+            in_place=in_place, timing_cache=timing_cache, force=force, warn=note,
         )  # fmt: skip
         size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
         say(f"{place}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
@@ -99,11 +104,11 @@ def command(
 def _emit_ptx(
     model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], force: bool
 ) -> None:
-    numbers = {n for name in targets for n in target_named(name, "engine").capabilities}
+    numbers = {n for name in targets for n in target_named(name, ("engine", "kit")).capabilities}
     if targets and not numbers:
         raise UsageError(f"target {targets[0]!r} is the GPU at hand: which one is it?", fix="name another target")
     chosen = sorted(numbers) or list(CAPABILITIES)
-    manifest = api.emit_ptx(
+    manifest = emit_ptx(
         model, output, slice=row, table=table, capabilities=chosen, force=force,
         progress=lambda number: note(f"compute capability {number // 10}.{number % 10}"),
     )  # fmt: skip

@@ -60,7 +60,7 @@ def candidates(P: int, N: int, share: int, float32: bool, capability: int) -> li
             (columns, 64, 4, 2), (columns, 64, 4, 3), (columns, 64, 8, 2), (2 * columns, 64, 8, 2),
             (columns, 128, 8, 2), (columns, 32, 4, 3), (columns // 2, 64, 4, 2),
         ]  # fmt: skip
-        if capability // 10 not in (9, 10):  # without Hopper's products from shared memory, registers are short
+        if capability // 10 not in (9, 10, 11):  # without Hopper's products from shared memory, registers are short
             shapes.insert(0, (columns, 64, 8, 2))
     found = [
         Tiles(Q, min(max(1, c // p), power_of_2(share)), min(p, max(16, c)), warps, stages)
