@@ -89,7 +89,7 @@ def spill_budget(kernel: dict[str, Any]) -> int:
 
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="expected one of 80, 86"):
-        aot.compile_kernel(aot.Launch(None, {}, {}, {}, ("1", "1", "1")), 75)
+        aot.compile_kernel(aot.Launch(None, {}, {}, {}, ("1", "1", "1"), {}), 75)
     with pytest.raises(ValueError, match="no kernel"):
         aot.parameters("")
     done = child(
@@ -137,6 +137,28 @@ def test_ptx_of_sm_90a_runs_nowhere_else_and_a_new_isa_is_refused_by_an_old_asse
     aot.assemble(ptx.replace("sm_90a", "sm_90"), "sm_100a")  # plain PTX goes on
     with pytest.raises(ValueError, match=r"(?i)version"):
         aot.assemble(ptx.replace("8.4", "99.0"), "sm_90a")
+
+
+BY_ITSELF = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from matexport_plugins.causal_conv1d.triton_aot import launches
+[launch] = launches(channels=300, k=4)
+signature = {name: launch.arguments.get(name, "constexpr") for name in launch.kernel.arg_names}
+source = ASTSource(fn=launch.kernel, signature=signature, constexprs=dict(launch.constants))
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+"""
+
+
+def test_what_triton_writes_by_itself(cache: str) -> None:
+    """Controls: without the care that `aot` takes there are folders, hidden parameters and the newest ISA."""
+    done = child(BY_ITSELF, TRITON_CACHE_DIR=cache)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\.file.*triton_kernels\.py", done.stdout)
+    assert len(aot.parameters(done.stdout)) == 6 + 2
+    [major, minor] = re.search(r"\.version (\d+)\.(\d+)", done.stdout).groups()  # type: ignore[union-attr]
+    assert 10 * int(major) + int(minor) > aot.PTX_ISA[90]
 
 
 def test_the_assembler_is_there() -> None:
