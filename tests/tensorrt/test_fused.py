@@ -21,7 +21,8 @@ import matexport as mx
 import matexport_plugins
 from matexport.errors import InputError
 from matexport.tensorrt.build import model_for, run_builder
-from matexport.tensorrt.plugins import Plugins, fused_model
+from matexport.tensorrt.fused import fused_model
+from matexport.tensorrt.plugins import Plugins
 from support import DIGITS, content, language_checkpoint, matexport
 
 OPS = [{"name": name, "version": "1", "namespace": "ai.matexport"} for name in ("CausalConv1d", "Mamba2Scan")]

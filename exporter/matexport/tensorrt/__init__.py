@@ -1,7 +1,8 @@
 """TensorRT engines: built by TensorRT-RTX on any machine, in a process of their own."""
 
 from matexport.tensorrt.build import build_engine, require_builder
-from matexport.tensorrt.plugins import PLUGINS, choose_plugins, fused_model
+from matexport.tensorrt.fused import fused_model
+from matexport.tensorrt.plugins import PLUGINS, choose_plugins
 from matexport.tensorrt.profiles import Profile
 from matexport.tensorrt.ptx import CAPABILITIES, write_ptx
 

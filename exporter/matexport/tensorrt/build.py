@@ -20,7 +20,8 @@ from matexport.gpus import Gpu, find_gpus
 from matexport.manifest import FILE, describe_file, manifest_bytes
 from matexport.staging import staged_folder
 from matexport.targets import FLAVOURS, KITS, Target
-from matexport.tensorrt.plugins import Plugins, fused_model
+from matexport.tensorrt.fused import fused_model
+from matexport.tensorrt.plugins import Plugins
 from matexport.tensorrt.profiles import Profile
 from matexport.tensorrt.source import open_source
 

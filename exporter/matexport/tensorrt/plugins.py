@@ -1,10 +1,9 @@
-"""The ops of an engine as plugins: which there are, the model for them, what builder and loader must do."""
+"""The ops of an engine as plugins: which there are, and what builder and loader must do."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,71 +97,3 @@ def _sources_digest() -> str:
     ):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-# -------------------------------------------------------------------------------------------- the model
-def fused_model(model: Any, *, in_place: bool = False) -> tuple[list[str], dict[str, str]]:
-    """Turns an ONNX model of form `custom` (a ModelProto) into one for the plugins.
-
-    The functions of our ops go, because TensorRT's parser prefers a function to a plugin; states of zeros too, because
-    a plugin starts with zeros by itself.
-
-    Args:
-        in_place: a state that is an input, and is read by nothing else, is written over by the one that follows it.
-
-    Returns:
-        The names of the ops; and the outputs that share memory with an input, if `in_place`, with that input.
-    """
-    from onnx import helper
-
-    graph, zeros = model.graph, _zeros(model.graph)
-    for node in _ours(graph):
-        for i in reversed([i for i, name in enumerate(node.input) if name in zeros or not name]):
-            del node.input[i]  # TensorRT's parser takes no empty names, and the plugins need none
-    _drop_unused(graph)
-    del model.functions[:]
-    _drop_domains(model)
-    aliases = {}
-    if in_place:
-        outside = {value.name for value in graph.input}, {value.name for value in graph.output}
-        readers = Counter(name for node in graph.node for name in node.input)
-        for node in _ours(graph):
-            state = next((n for n in node.input if n in outside[0] and readers[n] == 1), None)
-            if state and len(node.output) > 1 and node.output[1] in outside[1]:
-                node.attribute.append(helper.make_attribute("in_place", 1))
-                aliases[node.output[1]] = state
-    return sorted({node.op_type for node in _ours(graph)}), aliases
-
-
-def _ours(graph: Any) -> list[Any]:
-    return [node for node in graph.node if node.domain == NAMESPACE]
-
-
-def _zeros(graph: Any) -> set[str]:
-    """The tensors that are zeros, spread to some shape."""
-    from onnx import numpy_helper
-
-    small = [t for t in graph.initializer if not t.external_data]
-    zero = {t.name for t in small if not numpy_helper.to_array(t).any()}
-    return {node.output[0] for node in graph.node if node.op_type == "Expand" and node.input[0] in zero}
-
-
-def _drop_unused(graph: Any) -> None:
-    """Removes the nodes and initializers that no output needs."""
-    needed, kept = {value.name for value in graph.output}, []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            kept.append(node)
-            needed.update(node.input)
-            needed.update(name for a in node.attribute for inner in a.g.node for name in inner.input)
-    initializers = [t for t in graph.initializer if t.name in needed]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(reversed(kept))
-    graph.initializer.extend(initializers)
-
-
-def _drop_domains(model: Any) -> None:
-    used = {node.domain for node in model.graph.node}
-    kept = [entry for entry in model.opset_import if not entry.domain or entry.domain in used]
-    del model.opset_import[:]
-    model.opset_import.extend(kept)
