@@ -127,7 +127,7 @@ class _Half:
         return helper.make_node("Cast", [narrow], [wide], f"{narrow}/cast", to=FLOAT)
 
     def casts(self, node: Any, to: int) -> bool:
-        return node.op_type == "Cast" and node.attribute[0].i == to
+        return bool(node.op_type == "Cast" and node.attribute[0].i == to)
 
     def sink(self, nodes: list[Any]) -> None:
         """Moves casts to float32 down, in the given list."""
