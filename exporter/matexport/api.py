@@ -18,7 +18,7 @@ from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import target_named
-from matexport.tensorrt import Profile, build_engine, require_builder
+from matexport.tensorrt import Profile, build_engine, require_builder, write_kit
 from matexport.tensors import FLOATS
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
@@ -261,34 +261,46 @@ def build_trt(
     force: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Builds an engine from an ONNX folder, or from a checkpoint by way of ONNX, and returns its manifest.
+    """Builds an engine, or writes the kit of one, and returns the manifest.
+
+    Of an ONNX folder, or of a checkpoint by way of ONNX. Which of both it is, the target says.
 
     Args:
         timing_cache: for target `tensorrt`: a file of timings, shared by builds.
     Raises:
         UsageError: a row for an ONNX folder, which is one slice already.
-        See also `matexport.tensorrt.build_engine` and `export_onnx`.
+        See also `matexport.tensorrt.build_engine`, `matexport.tensorrt.write_kit` and `export_onnx`.
     """
-    chosen, path = target_named(target, "engine"), Path(model)
-    require_builder(chosen)  # before the export, not after
-    cache = Path(timing_cache) if timing_cache is not None else None
-    build = partial(
-        build_engine,
-        output=Path(output),
-        target=chosen,
-        shapes=shapes or {},
-        timing_cache=cache,
-        force=force,
-        warn=warn,
-    )
+    chosen, path = target_named(target, ("engine", "kit")), Path(model)
+    options: dict[str, Any] = {"target": chosen, "shapes": shapes or {}, "force": force}
+    build: Callable[..., dict[str, Any]]
+    if chosen.kind == "kit":
+        if timing_cache is not None:
+            fix = "give it to the kit's build.sh: --timingCacheFile=FILE"
+            raise UsageError("a kit is built on its own machine, and so are timings", fix=fix)
+        build = partial(write_kit, tolerance=_tolerance, **options)
+    else:
+        require_builder(chosen)  # before the export, not after
+        cache = None if timing_cache is None else Path(timing_cache)
+        build = partial(build_engine, timing_cache=cache, warn=warn, **options)
     if manifest_path(path).is_file() and read_manifest(path)["kind"] != "checkpoint":
         if slice is not None:
             raise UsageError("an ONNX folder is one slice already", where=str(path), fix="leave out -s")
-        return build(path)
+        return build(path, Path(output))
     planned = plan(model, slice, table=table)
+    export = partial(export_onnx, planned, target="portable")
+    if chosen.kind == "kit":
+        return build(export, Path(output), inputs=[planned.checkpoint.path])
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(planned, Path(folder, "onnx"), target="portable")
-        return build(Path(folder, "onnx"), inputs=[planned.checkpoint.path])
+        export(Path(folder, "onnx"))
+        return build(Path(folder, "onnx"), Path(output), inputs=[planned.checkpoint.path])
+
+
+def _tolerance(manifest: Mapping[str, Any]) -> float:
+    """How much outputs of an engine may differ from golden values, which come from the same ONNX file."""
+    from matexport.parity.comparison import TOLERANCES, engine_kind
+
+    return TOLERANCES[engine_kind({**manifest, "quantize": None})]
 
 
 def verify(

@@ -23,6 +23,8 @@ from matexport.errors import UsageError
 from matexport.targets import TARGETS, target_named
 from matexport.tensorrt import Profile
 
+BUILT = ("engine", "kit")
+
 
 @click.command()
 @model_option
@@ -31,7 +33,7 @@ from matexport.tensorrt import Profile
 @output_option
 @click.option(
     "--target", "targets", default=["rtx"], multiple=True, metavar="NAME",
-    help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind == 'engine')}; rtx by default."
+    help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind in BUILT)}; rtx by default."
     " Of several, each gets a folder of its name.",
 )  # fmt: skip
 @click.option("--min-shapes", multiple=True, metavar="NAME:1x3x8x8", help="Smallest shape of an input.")
@@ -62,14 +64,16 @@ def command(
     shapes = _profiles({"min": min_shapes, "opt": opt_shapes, "max": max_shapes})
     places = {name: output / name if len(set(targets)) > 1 else output for name in targets}
     for name in places:  # before hours of building, not after
-        target_named(name, "engine")
+        target_named(name, BUILT)
     for name, place in places.items():
         manifest = api.build_trt(
             model, place, slice=row, table=table, target=name, shapes=shapes, timing_cache=timing_cache, force=force,
             warn=note,
         )  # fmt: skip
         size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
-        say(f"{place}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
+        library = manifest["tensorrt"]
+        what = "a kit" if manifest["kind"] == "kit" else f"{library['flavour']} {library['version']}"
+        say(f"{place}: {what}, {size}")
     hint("inspect", "-m", place)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,20 @@ TOLERANCES = {
     "onnx int8": 0.1,  # the same in fewer bits: what is lost is in the report, and their bytes are proven
     "onnx int8-block": 0.1,
     "onnx int4-block": 0.5,
+    "engine": 1e-4,  # another runtime, on a GPU: the same with other approximations of exp; not measured yet
+    "engine gemma3n": 1e-3,
+    "engine float16": 2e-2,  # everything is rounded to 11 bits, layer after layer
+    "engine bfloat16": 1e-1,  # to 8 bits
     "functions": 1e-5,  # another runtime without our kernels, where it could have them: the functions in the file
 }
+
+
+def engine_kind(manifest: Mapping[str, Any]) -> str:
+    """The kind of comparison of an engine, by the coarsest of what its manifest says: fewer bits, family."""
+    half = [name for name in ("bfloat16", "float16") if name in manifest.get("precisions", ())]
+    own = [manifest.get("quantize"), *half, manifest.get("family")]
+    known = [kind for name in own for kind in (f"engine {name}", f"onnx {name}") if name and kind in TOLERANCES]
+    return max(known, key=TOLERANCES.__getitem__, default="engine")
 
 
 @dataclass(frozen=True)
