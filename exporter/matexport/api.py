@@ -17,7 +17,7 @@ from matexport.families.rows import WHOLE
 from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
-from matexport.targets import target_named
+from matexport.targets import Target, target_named
 from matexport.tensorrt import Profile, build_engine, require_builder, write_kit
 from matexport.tensors import FLOATS
 from matexport.tokenizer import special_ids, tokenizer_files
@@ -177,17 +177,24 @@ def export_onnx(
     form: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    opset: int | None = None,
+    split_embeddings: bool = False,
     force: bool = False,
     progress: Progress = _silent,
 ) -> None:
     """Writes ONNX: a folder with `model.onnx`, or one file (and its weights beside it) if `output` ends in .onnx.
 
     Args:
-        dtype: what weights are stored as, `float32` (the default), `float16` or `bfloat16`; computed is in float32.
+        dtype: what weights are stored as, `float32` (the default), `float16` or `bfloat16`; computed is in float32. For
+            target `cuda` also what products are computed in, by default float16.
         quantize: how projections and embeddings are stored: `int8`, `int8-block` or `int4-block`.
+        opset: of ai.onnx; 21 by default.
+        split_embeddings: a graph of their own for embeddings, `embed_tokens.onnx`, in front of
+            `decoder_model_merged.onnx`; some targets have it so anyway.
 
     Raises:
-        UsageError: the target cannot run the form, the form cannot be quantised so, or the output cannot be used.
+        UsageError: the target cannot run the form, the form cannot be quantised so, the family has no such opset or no
+            embeddings to split off, or the output cannot be used.
         CheckpointError, TableError: see `plan`.
     """
     from matexport.graph.encoding import METHODS
@@ -200,9 +207,31 @@ def export_onnx(
     if quantize is not None and (quantize not in METHODS or (quantize != "int8" and chosen.form == "stock")):
         what = f"cannot quantise {quantize!r} in form {chosen.form!r}"
         raise UsageError(what, fix=f"one of {', '.join(METHODS)}; standard operators (--form stock) know int8 only")
-    exported = planned.plan.cast(dtype_named(dtype) or chosen.dtype)
-    graph = planned.family.build_graph(exported, chosen.form, quantize=quantize)
-    write_onnx(planned.checkpoint, exported, graph, Path(output), target=chosen, force=force, progress=progress)
+    exported, computed = stored_as(planned.plan, chosen, dtype)
+    family = planned.family
+    options: dict[str, Any] = {"quantize": quantize, "dtype": computed, "opset": opset_of(family, opset)}
+    graphs = family.build_split(exported, chosen.form, **options) if split_embeddings or chosen.split else {}
+    if split_embeddings and not graphs:
+        raise UsageError(f"{family.NAME} has no embeddings to split off", fix="leave out --split-embeddings")
+    written = graphs or family.build_graph(exported, chosen.form, **options)
+    write_onnx(planned.checkpoint, exported, written, Path(output), target=chosen, force=force, progress=progress)
+
+
+def opset_of(family: Family, opset: int | None) -> int:
+    """The opset that is asked for, or the family's default. Raises UsageError if it has no such one."""
+    if opset is not None and opset not in family.OPSETS:
+        fix = f"one of {', '.join(map(str, family.OPSETS))}"
+        raise UsageError(f"{family.NAME} cannot be written at opset {opset}", fix=fix)
+    return opset or family.OPSETS[0]
+
+
+def stored_as(plan: Plan, target: Target, dtype: str | None) -> tuple[Plan, str]:
+    """The plan of what a target stores, and the type that its graph computes products in. Raises UsageError.
+
+    The graph of a typed target says itself which weights are stored in fewer bits.
+    """
+    found = dtype_named(dtype) or target.dtype
+    return (plan, found) if target.typed else (plan.cast(found), "F32")
 
 
 def export_in_place(
@@ -216,6 +245,9 @@ def export_in_place(
     from matexport.onnx import write_in_place
 
     chosen = target_named(target, "onnx", form)
+    if chosen.typed:
+        what = f"target {target!r} stores weights in its own type"
+        raise UsageError(what, fix="leave out --in-place, or use --target cpu")
     planned = model if isinstance(model, PlannedSlice) else plan(model)
     graph = planned.family.build_graph(planned.plan, chosen.form)
     return write_in_place(planned.checkpoint, planned.plan, graph, target=chosen, force=force)
@@ -243,9 +275,9 @@ def export_bundle(
     chosen = target_named(target, "onnx", form)
     if len({each.checkpoint.path for each in planned}) != 1:
         raise UsageError("the rows of a bundle are of one checkpoint", fix="plan all of them from the same model")
-    plans = [each.plan.cast(dtype_named(dtype) or chosen.dtype) for each in planned]
+    plans = [stored_as(each.plan, chosen, dtype) for each in planned]
     family, checkpoint = planned[0].family, planned[0].checkpoint
-    rows = [(one, family.build_graph(one, chosen.form, elastic=True)) for one in plans]
+    rows = [(one, family.build_graph(one, chosen.form, elastic=True, dtype=computed)) for one, computed in plans]
     return write_bundle(checkpoint, rows, Path(output), target=chosen, force=force, progress=progress)
 
 

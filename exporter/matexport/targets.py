@@ -16,7 +16,9 @@ class Target:
         forms: how the scan may appear in the graph, the default first: "custom" is our ops, with functions for where
             no kernel is registered, "contrib" ONNX Runtime's, "stock" ai.onnx operators alone.
         dtype: what float weights are cast to.
+        typed: whether `dtype` is also what products are computed in; else that is float32, however weights are stored.
         folder: where in the artefact the model lies.
+        split: whether large embeddings are in a graph of their own.
         max_file: the most bytes of weights in one file; None for any number.
         flavour: of TensorRT, which builds the engine and runs it: a key of `FLAVOURS`.
         capabilities: of the GPUs that an engine is for, 86 for 8.6; none where that is the GPU at hand.
@@ -27,7 +29,9 @@ class Target:
     kind: str
     forms: tuple[str, ...]
     dtype: str
+    typed: bool = False
     folder: str = ""
+    split: bool = False
     max_file: int | None = None
     flavour: str = ""
     capabilities: tuple[int, ...] = ()
@@ -55,6 +59,8 @@ TARGETS = {
     target.name: target
     for target in (
         Target("cpu", "onnx", ("custom", "contrib", "stock"), "F32"),  # ONNX Runtime >= 1.20 on the CPU: the default
+        # ONNX Runtime >= 1.20 on NVIDIA GPUs (onnxruntime-gpu); states and all between products in float32
+        Target("cuda", "onnx", ("custom", "contrib", "stock"), "F16", typed=True),
         Target("genai", "onnx", ("custom", "contrib"), "F32"),  # onnxruntime-genai >= 0.18
         # transformers.js >= 4.3 and onnxruntime-web, where no kernels of ours can be
         Target("web", "onnx", ("contrib", "stock"), "F32", folder="onnx", max_file=CHUNK),

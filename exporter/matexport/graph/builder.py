@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from matexport.graph.encoding import Encoding
 from matexport.planning import PlannedTensor
 from matexport.tensors import FLOATS, numpy_dtype
 
-OPSET, IR_VERSION = 21, 10  # the newest that onnxruntime 1.20 loads
+OPSET = 21  # the newest that onnxruntime 1.20 loads
+IR_VERSIONS = {21: 10, 23: 11}  # 23: onnxruntime 1.23
 
 DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F64": ir.DataType.DOUBLE,
@@ -65,12 +66,13 @@ class Weight:
 class Graph:
     """An ONNX graph that is being written down. Values are onnx-ir's; nothing here holds a weight.
 
-    Names follow `/scope/scope/Op`; the outputs of a node are named after it. What is computed is computed in `dtype`:
-    a weight that is stored in another float type is cast where it is first used.
+    Names follow `/scope/scope/Op`; the outputs of a node are named after it. Products are computed in `dtype`. If that
+    is float32, weights are stored as they are planned, and cast where they are first used; if it has fewer bits,
+    weights are stored in the type in which they are used.
     """
 
-    def __init__(self, name: str, dtype: str = "F32"):
-        self.name, self.dtype = name, dtype
+    def __init__(self, name: str, dtype: str = "F32", opset: int = OPSET):
+        self.name, self.dtype, self.opset = name, dtype, opset
         self.quantize: str | None = None  # how its matrices are stored: see `matexport.graph.encoding`
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
@@ -108,16 +110,26 @@ class Graph:
         *,
         transposed: bool = False,
         encoding: Encoding | None = None,
+        dtype: str | None = None,
     ) -> ir.Value:
-        """A weight by its name; see `Weight`. Asking twice for the same one gives the same value."""
-        value = self._stored(Weight(ir.Value(name=name), tensor, transposed, encoding))
+        """A weight by its name; see `Weight`. Asking twice for the same one gives the same value.
+
+        Args:
+            dtype: the float type that it is used in; by default that of products.
+        """
+        used = dtype or self.dtype
+        value = self._stored(Weight(ir.Value(name=name), self._typed(tensor, used), transposed, encoding))
         if name not in self._ready:
             self._ready[name] = value
             stored = self.weights[name].dtype
-            if stored in FLOATS and stored != self.dtype:
-                cast = self._ready[name] = self.op("Cast", value, to=int(DTYPES[self.dtype]))
-                cast.shape, cast.type = value.shape, ir.TensorType(DTYPES[self.dtype])
+            if encoding is None and stored in FLOATS and stored != used:
+                cast = self._ready[name] = self.op("Cast", value, to=int(DTYPES[used]))
+                cast.shape, cast.type = value.shape, ir.TensorType(DTYPES[used])
         return self._ready[name]
+
+    def _typed(self, tensor: PlannedTensor, dtype: str) -> PlannedTensor:
+        """A float weight as it is stored."""
+        return tensor if self.dtype == "F32" or tensor.dtype not in FLOATS else replace(tensor, dtype=dtype)
 
     def _stored(self, weight: Weight) -> ir.Value:
         """The initializer of a weight: the one that is there by its name, or this one."""
@@ -129,8 +141,17 @@ class Graph:
 
     def gather(self, name: str, tensor: PlannedTensor, ids: ir.Value) -> ir.Value:
         """Rows of a weight, in the type that is computed in: they are cast, not the weight."""
+        tensor = self._typed(tensor, self.dtype)
         rows = self.op("Gather", self._stored(Weight(ir.Value(name=name), tensor)), ids)
         return rows if tensor.dtype == self.dtype else self.op("Cast", rows, to=int(DTYPES[self.dtype]))
+
+    def to_dtype(self, x: ir.Value) -> ir.Value:
+        """float32 to the type of products."""
+        return x if self.dtype == "F32" else self.op("Cast", x, to=int(DTYPES[self.dtype]))
+
+    def to_float32(self, x: ir.Value) -> ir.Value:
+        """The type of products to float32."""
+        return x if self.dtype == "F32" else self.op("Cast", x, to=int(DTYPES["F32"]))
 
     def constant(self, array: Any, dtype: str = "I64") -> ir.Value:
         """A small constant, kept in the graph itself; equal ones are one."""
@@ -178,7 +199,7 @@ class Graph:
 
     def _imports(self) -> dict[str, int]:
         domains = [node.domain for node in self.nodes] + [name for f in self.functions for name in f.opset_imports]
-        return {"": OPSET, **{name: 1 for name in domains if name}}
+        return {"": self.opset, **{name: 1 for name in domains if name}}
 
     def to_model(self, *, producer_version: str, metadata: dict[str, str]) -> ir.Model:
         """The finished model; the weights' tensors are to be set by whoever stores them."""
@@ -194,7 +215,7 @@ class Graph:
         return ir.Model(
             graph,
             functions=self.functions,
-            ir_version=IR_VERSION,
+            ir_version=IR_VERSIONS[self.opset],
             producer_name="matexport",
             producer_version=producer_version,
             metadata_props=metadata,

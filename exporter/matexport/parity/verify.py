@@ -13,6 +13,7 @@ from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
 from matexport.families import Family, family_of, with_options
+from matexport.graph.builder import Graph
 from matexport.graph.encoding import METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
 from matexport.parity.comparison import TOLERANCES, Comparison, compare
@@ -21,7 +22,7 @@ from matexport.parity.quality import quality
 from matexport.parity.report import Report
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.slice_table import FFN, Row
-from matexport.targets import target_named
+from matexport.targets import Target, target_named
 from matexport.tensors import FLOATS
 from matexport.version import __version__
 
@@ -244,11 +245,13 @@ def _compare_outputs(kind: str, got: Outputs, want: Outputs, family: Family) -> 
     kind = own if own in TOLERANCES else kind
     missing = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in want if name not in got]
     found = missing + [compare(name, kind, got[name], want[name]) for name in want if name in got]
-    if kind.removeprefix("onnx ") in METHODS:  # quantised: what is lost is above, step by step too
-        return found
+    lossy = kind.removesuffix(f" {family.NAME}").startswith("onnx ")  # in fewer bits: all is compared with the oracle
     for name in got:
         step, _, output = name.partition(".")
         if step.partition("@")[0] != "decode" or output not in want:
+            continue
+        if lossy:
+            found += [compare(name, kind, got[name], want[output])] if name not in want else []
             continue
         exact, own = f"whole.{output}" in got, f"decode {family.NAME}"
         kind = "decode" if exact or own not in TOLERANCES else own
@@ -262,32 +265,51 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     artefact, record = subject.artefact, subject.record
     weights = kept_tensors(subject.manifest, "weights", str(artefact))
     target = target_named(str(subject.manifest.get("target")), "onnx", str(subject.manifest.get("form")))
-    file = artefact if artefact.is_file() else artefact / target.folder / "model.onnx"
-    elastic = subject.manifest.get("elastic") is True
+    graphs = _planned_graphs(subject, target)
     quantize = subject.manifest.get("quantize")
-    if not (quantize is None or quantize in METHODS):
-        raise InputError("manifest cannot be read", where=str(artefact), fix="write the artefact again")
-    planned = subject.family.build_graph(subject.plan, target.form, elastic=elastic, quantize=quantize).weights
-    stored = {}
-    for name, (data, offset) in stored_weights(file).items():
-        if name in weights and name in planned:
-            # what is recorded relative to another source says nothing about this one; its bytes do
-            view = planned[name].tensor.view if record is not subject.manifest else weights[name].view
-            stored[name] = Stored(PlannedTensor(weights[name].dtype, view), data, offset, planned[name])
-    found = _prove(stored, {name: weight.tensor for name, weight in planned.items()}, subject.source)
+    dtype = subject.manifest.get("dtype", "float32")
+    inner = artefact / target.folder
+    files = [artefact] if artefact.is_file() else [inner / name for name in graphs]
+    found = []
+    for file, graph in zip(files, graphs.values(), strict=True):
+        planned, stored = graph.weights, {}
+        for name, (data, offset) in stored_weights(file).items():
+            if name in weights and name in planned:
+                # what is recorded relative to another source says nothing about this one; its bytes do
+                view = planned[name].tensor.view if record is not subject.manifest else weights[name].view
+                stored[name] = Stored(PlannedTensor(weights[name].dtype, view), data, offset, planned[name])
+        proofs = _prove(stored, {name: weight.tensor for name, weight in planned.items()}, subject.source)
+        found += proofs if len(files) == 1 else [replace(c, name=f"{file.name}: {c.name}") for c in proofs]
     # an elastic one has the channels of its convolution in another order; the loss of quantised ones is that of outputs
-    left_out = "states." if quantize else "states.conv" if elastic else "no such name"
+    left_out = "states." if quantize else "states.conv" if subject.manifest.get("elastic") else "no such name"
     want = {name: array for name, array in want.items() if left_out not in name}
-    kind = f"onnx {quantize}" if quantize else "onnx"
-    got = load_onnx(file)(inputs)
+    kind = f"onnx {quantize}" if quantize else f"onnx {dtype}" if dtype != "float32" else "onnx"
+    got = load_onnx(*files)(inputs)
     found += _compare_outputs(kind, got, want, subject.family)
     if subject.given and got.keys() & want.keys() >= {"logits"}:
         worth = quality(inputs, subject.labels, got["logits"], want["logits"])
         found = [replace(c, quality=worth) if (c.name, c.kind) == ("logits", kind) else c for c in found]
     if subject.manifest.get("form") == "custom" and kernels():
         kind = "functions" if kind == "onnx" else kind
-        found += _compare_outputs(kind, load_onnx(file, library=False)(inputs), want, subject.family)
+        found += _compare_outputs(kind, load_onnx(*files, library=False)(inputs), want, subject.family)
     return found
+
+
+def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
+    """The graphs that a manifest says there are, by file. Raises InputError if it says what is none of ours."""
+    family, manifest = subject.family, subject.manifest
+    quantize, opset = manifest.get("quantize"), manifest.get("opset", family.OPSETS[0])
+    computed = {name: key for key, name in FLOATS.items()}.get(manifest.get("dtype", "float32"))
+    if not (quantize is None or quantize in METHODS) or opset not in family.OPSETS or computed is None:
+        raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
+    options: dict[str, Any] = {"quantize": quantize, "opset": opset, "dtype": computed}
+    if "graphs" not in manifest or subject.artefact.is_file():
+        elastic = manifest.get("elastic") is True
+        return {"model.onnx": family.build_graph(subject.plan, target.form, elastic=elastic, **options)}
+    graphs = family.build_split(subject.plan, target.form, **options)
+    if not graphs:
+        raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
+    return {f"{name}.onnx": graph for name, graph in graphs.items()}
 
 
 def _check_engine(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matexport.errors import InputError, MissingError
-from matexport.runtimes.program import Forward, Program, Value, forward
+from matexport.runtimes.program import Forward, Program, Value, chain, forward
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,9 +20,12 @@ def kernels() -> Path | None:
     return matexport_plugins.ort_library()
 
 
-def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
-    """Opens a model and returns its function from inputs by name to outputs by name; see `open_onnx` and `forward`."""
-    return forward(open_onnx(file, threads=threads, library=library))
+def load_onnx(*files: Path, threads: int = 0, library: bool = True) -> Forward:
+    """Opens a model and returns its function from inputs by name to outputs by name; see `open_onnx` and `forward`.
+
+    A model in several graphs is given in the order in which they feed each other: embeddings, then the rest.
+    """
+    return forward(chain([open_onnx(file, threads=threads, library=library) for file in files]))
 
 
 def open_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Program:
@@ -45,7 +48,10 @@ def open_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Program:
     if library and (path := kernels()):
         options.register_custom_ops_library(str(path))
     try:
-        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        model = _runnable(file)
+        if model is not file:  # its weights are where it was
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime raises classes of its own, all derived from Exception only
         raise InputError(
             f"onnxruntime cannot load it: {e}", where=str(file), fix="write the ONNX folder again"
@@ -61,6 +67,16 @@ def open_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Program:
 
     inputs = {i.name: Value(_dtype(i.type), tuple(i.shape)) for i in session.get_inputs()}
     return Program(inputs, outputs, run)
+
+
+def _runnable(file: Path) -> Path | bytes:
+    """What ONNX Runtime's CPU can run of a model: its file, or if that has products in bfloat16, another model."""
+    import onnx
+
+    from matexport.runtimes.bfloat16 import without_bfloat16
+
+    model = onnx.load(file, load_external_data=False)
+    return model.SerializeToString() if without_bfloat16(model) else file
 
 
 def _dtype(text: str) -> np.dtype[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,25 @@ class Program:
             "position_ids": np.tile(np.arange(total - new, total), (batch, 1)),
         }
         return {name: array.astype(self.inputs[name].dtype) for name, array in found.items() if name in self.inputs}
+
+
+def chain(programs: Sequence[Program]) -> Program:
+    """Programs as one, each fed with what is given and what those before it give."""
+    if len(programs) == 1:
+        return programs[0]
+    made: set[str] = set()
+    inputs: dict[str, Value] = {}
+    for program in programs:
+        inputs |= {name: value for name, value in program.inputs.items() if name not in made}
+        made |= set(program.outputs)
+
+    def run(given: Arrays) -> dict[str, np.ndarray]:
+        known = dict(given)
+        for program in programs:
+            known |= program.run({name: known[name] for name in program.inputs})
+        return {name: known[name] for name in programs[-1].outputs}
+
+    return Program(inputs, programs[-1].outputs, run)
 
 
 def forward(program: Program) -> Forward:
