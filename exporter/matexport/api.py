@@ -330,9 +330,10 @@ def build_trt(
 
 def _tolerance(manifest: Mapping[str, Any]) -> float:
     """How much outputs of an engine may differ from golden values, which come from the same ONNX file."""
-    from matexport.parity.comparison import TOLERANCES, engine_kind
+    from matexport.parity.comparison import TOLERANCES, kind_of
 
-    return TOLERANCES[engine_kind({**manifest, "quantize": None})]
+    kind = kind_of("engine", {**manifest, "quantize": None})
+    return TOLERANCES.get(f"{kind} {manifest['family']}", TOLERANCES[kind])
 
 
 def verify(

@@ -67,6 +67,14 @@ class Program:
         }
         return {name: array.astype(self.inputs[name].dtype) for name, array in found.items() if name in self.inputs}
 
+    def after(self, outputs: Arrays) -> dict[str, np.ndarray]:
+        """The new states of all layers, one vector a kind: those of fixed size are convolution's and scan's in turn."""
+        import numpy as np
+
+        fixed = [new for past, new in self.states.items() if _is_fixed(self.inputs[past])]
+        kinds = {"states.conv": fixed[::2], "states.scan": fixed[1::2]} if fixed else {}
+        return {kind: np.concatenate([outputs[name].ravel() for name in names]) for kind, names in kinds.items()}
+
 
 def chain(programs: Sequence[Program]) -> Program:
     """Programs as one, each fed with what is given and what those before it give."""
@@ -95,22 +103,15 @@ def forward(program: Program) -> Forward:
 def _decode(program: Program, inputs: Arrays) -> dict[str, np.ndarray]:
     """Logits and states of one run, and of prefills of some of the tokens followed by single steps that pass states on.
 
-    A state whose sizes are all known is of the convolution or the scan, in turn. Splits of which the program does not
-    take the pieces are left out.
+    Splits of which the program does not take the pieces are left out.
     """
     import numpy as np
 
     ids = np.asarray(inputs["input_ids"], np.int64)
     batch, length = ids.shape
     zeros = program.zeros(batch)
-    fixed = [new for past, new in program.states.items() if _is_fixed(program.inputs[past])]
-
-    def after(out: Arrays) -> dict[str, np.ndarray]:
-        kinds = {"states.conv": fixed[::2], "states.scan": fixed[1::2]} if fixed else {}
-        return {kind: np.concatenate([out[name].ravel() for name in names]) for kind, names in kinds.items()}
-
     whole = program.run({**program.tokens(ids, length), **zeros})
-    found = {"logits": whole["logits"], **after(whole)}
+    found = {"logits": whole["logits"], **program.after(whole)}
     for split in splits(length):
         first = {**program.tokens(ids[:, :split], split), **zeros}
         if not program.takes({name: array.shape for name, array in first.items()}):
@@ -126,7 +127,7 @@ def _decode(program: Program, inputs: Arrays) -> dict[str, np.ndarray]:
             pieces.append(out["logits"])
         if len(pieces) == 1 + length - split:
             found[f"decode@{split}.logits"] = np.concatenate(pieces, 1)
-            found |= {f"decode@{split}.{kind}": array for kind, array in after(out).items()}
+            found |= {f"decode@{split}.{kind}": array for kind, array in program.after(out).items()}
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matexport.errors import InputError, MissingError
-from matexport.gpus import dotted, find_gpus
+from matexport.gpus import Gpu, dotted, find_gpus
 from matexport.runtimes.program import Arrays, Program, Value
 from matexport.targets import FLAVOURS
 
@@ -23,8 +23,8 @@ TYPES = {  # of TensorRT, as PyTorch has them
 }  # fmt: skip
 
 
-def require_engine(artefact: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises MissingError, with the reason, unless an engine can be run here; the engine itself is not touched."""
+def require_engine(artefact: Path, manifest: Mapping[str, Any]) -> Gpu:
+    """The GPU that runs an engine here; the engine itself is not touched. Raises MissingError, with the reason."""
     flavour, version = _built_by(artefact, manifest)
     wanted = [int(n) for n in manifest.get("capabilities", [])]
     where, of = str(artefact), f"an engine of {flavour} {version}"
@@ -44,6 +44,7 @@ def require_engine(artefact: Path, manifest: Mapping[str, Any]) -> None:
     if gpus[0].capability not in wanted:
         what = f"is {of} for GPUs of compute capability {known}, and this one is {gpus[0]}"
         raise MissingError(what, where=where, fix="build it for this GPU: matexport trt")
+    return gpus[0]
 
 
 def _built_by(artefact: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
