@@ -43,7 +43,7 @@ def command(model: str, allow_pickle: bool, style: str) -> None:
         hint("slice", "-m", model, "--repair", "-o", "OUTPUT")
     elif found["kind"] == "checkpoint" and manifest is None:
         hint("slices", "-m", model)
-    else:
+    elif found["kind"] != "ptx":
         hint("verify", "-m", model, "--source", "SOURCE")
 
 
@@ -77,8 +77,8 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def _artefact(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says, without the tensors."""
     keys = (
-        "kind", "matexport", "family", "slice", "source", "target", "form", "dtype", "quantize", "tensorrt", "plugins",
-        "capabilities", "precisions", "profiles", "files",
+        "kind", "matexport", "family", "slice", "source", "target", "form", "dtype", "quantize", "plugins", "aliases",
+        "tensorrt", "capabilities", "precisions", "profiles", "files",
     )  # fmt: skip
     found = {key: manifest[key] for key in keys if key in manifest}
     if manifest["kind"] == "engine":

@@ -49,13 +49,8 @@ def check_engine(
     """Runs every profile of an engine, and compares what it gives with the oracle's."""
     engine = open_engine(artefact, manifest)
     got = forward(engine.program)(inputs)
-    # states of quantised weights are not compared, as for ONNX; steps are where the profiles allow some
-    wanted = {
-        name: array
-        for name, array in want.items()
-        if not (manifest.get("quantize") and "states." in name) and (name in got or not name.startswith("decode"))
-    }
-    found = compare_outputs(kind_of("engine", manifest), got, wanted, family)
+    left_out = {name for name in want if name.startswith("decode") and name not in got}  # no profile takes the steps
+    found = compare_outputs(kind_of("engine", manifest), got, _comparable(want, manifest, left_out), family)
     for name in engine.profiles:
         if name not in engine.used:
             detail = "was not run: none of the inputs fits it"
@@ -77,11 +72,16 @@ def check_golden(
         again = compare_outputs(same, program.run(case.inputs), case.outputs, family)
         found += [replace(c, name=f"golden {case.profile}: {c.name}") for c in again]
     given, got = _as_whole(program, cases)
-    want = {name: array for name, array in oracle(given).items() if name in got}
-    if manifest.get("quantize"):
-        want = {name: array for name, array in want.items() if not name.startswith("states.")}
+    want = oracle(given)
+    want = _comparable(want, manifest, {name for name in want if name.removeprefix("whole.") not in got})
     truth = compare_outputs(kind_of("onnx", manifest), got, want, family)
     return found + [replace(c, name=f"golden: {c.name}") for c in truth]
+
+
+def _comparable(want: Arrays, manifest: Mapping[str, Any], left_out: set[str]) -> Arrays:
+    """The oracle's outputs but for some, and for states where weights are quantised: that loss is of outputs."""
+    quantised = bool(manifest.get("quantize"))
+    return {n: array for n, array in want.items() if n not in left_out and not (quantised and "states." in n)}
 
 
 def _as_whole(program: Program, cases: list[Case]) -> tuple[Arrays, Arrays]:

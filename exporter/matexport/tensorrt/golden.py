@@ -63,6 +63,8 @@ def golden_cases(
     Raises:
         InputError: a profile that takes no such inputs.
     """
+    import numpy as np
+
     shapes = {name: value.shape for name, value in program.inputs.items()}
     names = list(profiles)
     batch, length = sizes(profiles[names[0]], shapes)
@@ -70,11 +72,12 @@ def golden_cases(
         inputs = {name: array[:batch].astype(program.inputs[name].dtype) for name, array in samples.items()}
         return [_run(program, names[0], profiles[names[0]], inputs)]
     tokens = samples["input_ids"].ravel()[: batch * (length + 1)].reshape(batch, length + 1)
-    first = {**program.tokens(tokens[:, :length], length), **program.zeros(batch)}
+    mask = np.ones_like(tokens)
+    first = {**program.tokens(tokens[:, :length], mask[:, :length]), **program.zeros(batch)}
     found = [_run(program, names[0], profiles[names[0]], first)]
     for name in names[1:]:
         carried = {past: found[0].outputs[new] for past, new in program.states.items()}
-        step = {**program.tokens(tokens[:, length:], length + 1), **carried}
+        step = {**program.tokens(tokens[:, length:], mask), **carried}
         found.append(_run(program, name, profiles[name], step))
     return found
 

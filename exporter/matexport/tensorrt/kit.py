@@ -8,24 +8,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matexport_plugins
 from matexport.checkpoint import read_json
-from matexport.errors import InputError, printable
+from matexport.errors import InputError, UsageError
 from matexport.families import family_named
-from matexport.gpus import dotted
 from matexport.manifest import FILE, MAX_MANIFEST, describe_file, manifest_bytes, read_manifest
 from matexport.runtimes.ort import open_onnx
 from matexport.staging import staged_folder
 from matexport.targets import Target
+from matexport.tensorrt.fused import fused_model
 from matexport.tensorrt.golden import SEED, Case, case_files, describe_case, golden_cases, sizes
+from matexport.tensorrt.kit_texts import LIBRARY, kit_texts
 from matexport.tensorrt.profiles import Profile
 from matexport.tensorrt.source import Source, open_source
 
-TEMPLATES = Path(__file__).with_name("kit_files")
-MADE_THERE = ("model.engine", "model.engine.part", "results")  # by the scripts
-TF32 = (
-    "Products of float32 are not rounded to TF32: take `--noTF32` out of build.sh for speed, and widen the limit in\n"
-    "verify.sh. "
-)
+MADE_THERE = ("model.engine", "model.engine.part", "results", LIBRARY)  # by the scripts
+FUSED = "model.fused.onnx"  # beside model.onnx, whose weights it uses
 OUTPUTS = ("float32", "float16", "bfloat16", "int32", "int64")  # types that verify.sh reads
 
 
@@ -36,6 +34,7 @@ def write_kit(
     target: Target,
     shapes: Mapping[str, Profile],
     tolerance: Callable[[dict[str, Any]], float],
+    plugin: str = "none",
     force: bool = False,
     inputs: Sequence[Path] = (),
 ) -> dict[str, Any]:
@@ -45,6 +44,7 @@ def write_kit(
         onnx: a folder that matexport wrote, which is copied; or what writes one to a path.
         shapes: of some inputs, instead of the default ones; see `matexport.tensorrt.profiles`.
         tolerance: how much an output may differ, of its largest value, in an engine that a manifest describes.
+        plugin: `cuda`: the ops are plugins, whose sources go along; the model is then of form `custom`.
         inputs: what the output must not overlap, beside the ONNX folder.
 
     Raises:
@@ -59,18 +59,23 @@ def write_kit(
     with staged_folder(output, force=force, inputs=[*taken, *inputs]) as folder:
         model = folder / "onnx"
         if isinstance(onnx, Path):
-            open_source(onnx, target, shapes)
+            open_source(onnx, target, shapes, plugin)
             _copy(onnx, model)
         else:
             onnx(model)
-        source = open_source(model, target, shapes)
+        source = open_source(model, target, shapes, plugin)
         described = source.describe(target)
         cases = _cases(source)
+        small: dict[str, bytes] = {}
+        if plugin != "none":
+            described["plugins"] = {"kind": plugin, "ops": _fuse(source), "library": LIBRARY}
+            small |= {f"plugin/{name}": path.read_bytes() for name, path in matexport_plugins.trt_sources().items()}
         files = {f"onnx/{path.name}": describe_file(path) for path in sorted(model.iterdir())}
-        small = {f"golden/{case.profile}/{name}": data for case in cases for name, data in case_files(case).items()}
+        small |= {f"golden/{case.profile}/{name}": data for case in cases for name, data in case_files(case).items()}
         limit = tolerance(described)
         small |= {f"golden/{case.profile}/atol.txt": _atol(case, limit).encode() for case in cases}
-        small |= {name: text.encode() for name, text in _texts(source, target, cases, limit).items()}
+        texts = kit_texts(source, target, cases, limit, source.file.name if plugin == "none" else FUSED)
+        small |= {name: text.encode() for name, text in texts.items()}
         for name, data in small.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +94,36 @@ def write_kit(
         }
         (folder / FILE).write_bytes(manifest_bytes(manifest))
     return manifest
+
+
+def refuse_for_kits(plugin: str, *, embed: bool, in_place: bool, timing_cache: bool) -> None:
+    """Raises UsageError for what is not done with trtexec, or not here."""
+    if plugin not in ("none", "cuda"):
+        what = f"plugin {plugin!r} is Python, and a kit is for machines without"
+        raise UsageError(what, fix="use --plugin cuda, or --plugin none")
+    if embed:
+        fix = f"leave it out; on the machine: ./build.sh --setPluginsToSerialize={LIBRARY}"
+        raise UsageError("trtexec loads no engine with plugins inside", fix=fix)
+    if in_place:
+        raise UsageError("trtexec gives every state memory of its own", fix="leave out --in-place")
+    if timing_cache:
+        fix = "give it to the kit's build.sh: --timingCacheFile=FILE"
+        raise UsageError("a kit is built on its own machine, and so are timings", fix=fix)
+
+
+def _fuse(source: Source) -> list[str]:
+    """Puts the model for the plugins beside the other one, and into the manifest of that folder; returns the ops."""
+    import onnx
+
+    model = onnx.load(source.file, load_external_data=False)
+    ops, _ = fused_model(model)
+    if not ops:
+        raise InputError("has no op that a plugin could have", where=str(source.file), fix="leave out --plugin")
+    file = source.file.with_name(FUSED)
+    file.write_bytes(model.SerializeToString(deterministic=True))
+    files = {**source.manifest["files"], FUSED: describe_file(file)}
+    (source.folder / FILE).write_bytes(manifest_bytes({**source.manifest, "files": files}))
+    return ops
 
 
 def _copy(onnx: Path, folder: Path) -> None:
@@ -119,90 +154,7 @@ def _cases(source: Source) -> list[Case]:
     return cases
 
 
-# -------------------------------------------------------------------------------------------- scripts
-def _texts(source: Source, target: Target, cases: Sequence[Case], limit: float) -> dict[str, str]:
-    """The scripts and the README."""
-    slice_ = source.manifest["slice"]
-    words = {
-        "NAME": _plain(f"{source.manifest['source']['name']}, slice {slice_['name']}"),
-        "MODEL": _plain(f"{source.manifest['family']}, {slice_['parameters']:,} parameters"),
-        "MACHINE": target.machine,
-        "CAPABILITY": dotted(target.capabilities[0]),
-        "PRECISIONS": ", ".join(source.precisions),
-        "TOLERANCE": f"{limit:g}",
-        "TF32": "" if source.tf32 else TF32,
-        "TRTEXEC": _template("find_trtexec.sh").rstrip(),
-        "OPTIONS": "\n".join(f"  {option}" for option in _build_options(source)),
-        "CHECKS": "\n".join(_check(i, case) for i, case in enumerate(cases)),
-        "PROFILES": _profile_table(source),
-        "POLYGRAPHY": "\n\n".join(_polygraphy(i, case.profile) for i, case in enumerate(cases)),
-        "PLUGIN": "",
-        "STEPS": "",
-    }
-    return {name: _filled(_template(name), words) for name in ("README.md", "build.sh", "verify.sh")}
-
-
-def _template(name: str) -> str:
-    return (TEMPLATES / name).read_text()
-
-
-def _filled(text: str, words: Mapping[str, str]) -> str:
-    return re.sub(r"@([A-Z0-9]+)@", lambda match: words[match[1]], text)
-
-
-def _build_options(source: Source) -> list[str]:
-    """What trtexec is called with, one option a line; `--profile` must stand before its shapes."""
-    found = ["--onnx=onnx/model.onnx", "--saveEngine=model.engine.part", "--skipInference", "--stronglyTyped"]
-    found += [] if source.tf32 else ["--noTF32"]
-    for i, profile in enumerate(source.profiles.values()):
-        found.append(f"--profile={i}")
-        for k, kind in enumerate(("min", "opt", "max")):
-            shapes = ",".join(f"{name}:{dims(ranges[k])}" for name, ranges in profile.items())
-            found.append(f"'--{kind}Shapes={shapes}'")
-    return found
-
-
-def _check(index: int, case: Case) -> str:
-    """The lines of verify.sh for one profile."""
-    given = "\n".join(f"  {name}:{dims(array.shape)}" for name, array in case.inputs.items())
-    wanted = "\n".join(f"  {name}:{array.dtype.name}" for name, array in case.outputs.items())
-    return f"inputs=(\n{given}\n)\noutputs=(\n{wanted}\n)\ncheck {case.profile} {index}\n"
-
-
-def _profile_table(source: Source) -> str:
-    """A table a profile; inputs that share all their shapes share a row."""
-    lines = []
-    for name, profile in source.profiles.items():
-        lines += [f"### {name}", "", "| input | min | opt | max |", "|---|---|---|---|"]
-        alike: dict[Profile, list[str]] = {}
-        for i, ranges in profile.items():
-            alike.setdefault(ranges, []).append(i)
-        for ranges, names in alike.items():
-            shown = f"`{names[0]}`" + (f" and {len(names) - 1} more like it" if len(names) > 1 else "")
-            lines.append(f"| {shown} | {' | '.join(dims(shape) for shape in ranges)} |")
-        lines.append("")
-    return "\n".join(lines).strip()
-
-
-def _polygraphy(index: int, profile: str) -> str:
-    return (
-        f"    polygraphy run model.engine --model-type engine --trt --optimization-profile {index} \\\n"
-        f"      --load-inputs golden/{profile}/inputs.json --load-outputs golden/{profile}/outputs.json \\\n"
-        f"      --rtol 0 --atol $(cat golden/{profile}/atol.txt)"
-    )
-
-
 def _atol(case: Case, limit: float) -> str:
     """How far each output may be off, as polygraphy takes it."""
     largest = {name: float(abs(array.astype("float64")).max()) for name, array in case.outputs.items() if array.size}
     return " ".join(f"{name}:{limit * value:.3g}" for name, value in largest.items()) + "\n"
-
-
-def _plain(text: str) -> str:
-    """Text from a manifest as it can stand in a heading or a cell."""
-    return printable(" ".join(text.split())).replace("|", "/").replace("`", "'").replace("<", "(")
-
-
-def dims(shape: Sequence[int]) -> str:
-    """A shape as trtexec writes it, 1x3x8x8."""
-    return "x".join(map(str, shape))

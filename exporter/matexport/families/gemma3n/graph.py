@@ -182,8 +182,7 @@ class _Decoder:
         if sparsity > 0:  # what lies above mean + k deviations, k the quantile of that share
             with g.scope("sparsity"):
                 gate = g.op("Sub", gate, g.op("ReduceMean", gate, g.constant([-1]), keepdims=1))
-                length = g.op("ReduceL2", gate, g.constant([-1]), keepdims=1)
-                deviations = NormalDist().inv_cdf(sparsity) / math.sqrt(self.text.widths[i])
-                gate = g.op("Relu", g.op("Sub", gate, p.scaled(length, deviations)))
+                cutoff = p.scaled(p.magnitude(gate), NormalDist().inv_cdf(sparsity))
+                gate = g.op("Relu", g.op("Sub", gate, cutoff))
         gate = g.op("Gelu", gate, approximate="tanh")
         return p.linear(g.op("Mul", gate, p.linear(x, f"{name}.up_proj")), f"{name}.down_proj", inner=True)

@@ -11,7 +11,7 @@ if [ -n "$capability" ] && [ "$capability" != @CAPABILITY@ ]; then
   echo "note: this GPU has compute capability $capability; the kit was written for @CAPABILITY@" >&2
 fi
 
-options=(
+@PLUGIN@options=(
 @OPTIONS@
 )
 "$trtexec" "${options[@]}" "$@"

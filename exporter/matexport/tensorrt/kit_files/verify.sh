@@ -73,7 +73,7 @@ check() {
   rm -rf "results/$profile"
   mkdir -p "results/$profile"
   if ! (cd "results/$profile" &&
-    "$trtexec" --loadEngine=../../model.engine@PLUGIN@ --useProfile="$2" --shapes="${shapes#,}" \
+    "$trtexec" --loadEngine=../../model.engine@LOAD@ --useProfile="$2" --shapes="${shapes#,}" \
       --loadInputs="${loads#,}" ${own[@]+"${own[@]}"} --iterations=1 --warmUp=0 --duration=0 \
       --dumpRawBindingsToFile >trtexec.log 2>&1); then
     if ! grep -q 'Accuracy validation FAILED' "results/$profile/trtexec.log"; then
