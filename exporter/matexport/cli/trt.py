@@ -12,6 +12,7 @@ from matexport.cli.common import (
     force_option,
     hint,
     human_bytes,
+    load_arrays,
     model_option,
     note,
     output_option,
@@ -23,6 +24,7 @@ from matexport.errors import UsageError
 from matexport.kernels import emit_ptx
 from matexport.targets import TARGETS, target_named
 from matexport.tensorrt import CAPABILITIES, PLUGINS, Profile
+from matexport.tensorrt.precision import METHODS, require_precision
 
 BUILT = ("engine", "kit")
 
@@ -36,6 +38,15 @@ BUILT = ("engine", "kit")
     "--target", "targets", multiple=True, metavar="NAME",
     help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind in BUILT)}; rtx by default."
     " Of several, each gets a folder of its name.",
+)  # fmt: skip
+@click.option("--dtype", metavar="NAME", help="Compute products in float32, float16 or bfloat16.  [float32]")
+@click.option(
+    "--quantize", type=click.Choice(list(METHODS)),
+    help="Store projections in fewer bits: int8, int4; fp8 on Ada, Hopper and newer; nvfp4 on Blackwell.",
+)  # fmt: skip
+@click.option(
+    "--calibration", metavar="NPZ", type=click.Path(path_type=Path),
+    help="For fp8: inputs by name, on which the scales of activations are measured.",
 )  # fmt: skip
 @click.option("--min-shapes", multiple=True, metavar="NAME:1x3x8x8", help="Smallest shape of an input.")
 @click.option("--opt-shapes", multiple=True, metavar="NAME:8x3x8x8", help="Shape to be fastest at.")
@@ -59,7 +70,8 @@ BUILT = ("engine", "kit")
 )  # fmt: skip
 @force_option
 def command(
-    model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], min_shapes: tuple[str, ...],
+    model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], dtype: str | None,
+    quantize: str | None, calibration: Path | None, min_shapes: tuple[str, ...],
     opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], timing_cache: Path | None, plugin: str,
     embed_plugin: bool, in_place: bool, ptx: bool, force: bool,
 ) -> None:  # fmt: skip
@@ -78,11 +90,13 @@ def command(
       matexport trt -m checkpoint -s half -o half-rtx --min-shapes pixel_values:1x3x8x8 \\
           --opt-shapes pixel_values:16x3x8x8 --max-shapes pixel_values:256x3x8x8
       matexport trt -m half -o engines --target rtx-ampere --target rtx-blackwell
+      matexport trt -m half -o half-int4 --dtype float16 --quantize int4
+      matexport trt -m half -o half-fp8 --dtype float16 --quantize fp8 --calibration images.npz --target rtx-ada
       matexport trt -m half -o half-fused --plugin cuda --embed-plugin
       matexport trt -m half -o half-ptx --emit-ptx --target rtx-ada
     """
     if ptx:
-        if plugin == "cuda" or embed_plugin or in_place or min_shapes or opt_shapes or max_shapes:
+        if plugin == "cuda" or embed_plugin or in_place or min_shapes or opt_shapes or max_shapes or quantize or dtype:
             raise UsageError("--emit-ptx builds no engine", fix="leave out the options of engines")
         _emit_ptx(model, table, row, output, targets, force)
         return
@@ -90,11 +104,13 @@ def command(
     shapes = _profiles({"min": min_shapes, "opt": opt_shapes, "max": max_shapes})
     places = {name: output / name if len(set(targets)) > 1 else output for name in targets}
     for name in places:  # before hours of building, not after
-        target_named(name, BUILT)
+        require_precision(target_named(name, BUILT), quantize)
+    measured = load_arrays(calibration, "--calibration")
     for name, place in places.items():
         manifest = api.build_trt(
-            model, place, slice=row, table=table, target=name, shapes=shapes, plugin=plugin, embed_plugin=embed_plugin,
-            in_place=in_place, timing_cache=timing_cache, force=force, warn=note,
+            model, place, slice=row, table=table, target=name, shapes=shapes, dtype=dtype, quantize=quantize,
+            calibration=measured, plugin=plugin, embed_plugin=embed_plugin, in_place=in_place,
+            timing_cache=timing_cache, force=force, warn=note,
         )  # fmt: skip
         size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
         library = manifest["tensorrt"]

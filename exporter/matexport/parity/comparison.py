@@ -32,6 +32,10 @@ TOLERANCES = {
     "onnx int8": 0.1,  # the same in fewer bits: what is lost is in the report, and their bytes are proven
     "onnx int8-block": 0.1,
     "onnx int4-block": 0.5,
+    "onnx int8-weight": 0.1,  # for TensorRT, products in whatever type
+    "onnx int4-weight": 0.5,
+    "onnx fp8": 0.3,
+    "onnx nvfp4": 0.5,
     "engine": 1e-4,  # another runtime, on a GPU, with approximations of its own; not measured yet
     "functions": 1e-5,  # another runtime without our kernels, where it could have them: the functions in the file
 }

@@ -13,8 +13,9 @@ from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
 from matexport.families import Family, Forward, family_of, with_options
+from matexport.families.inputs import checked_inputs
 from matexport.graph.builder import Graph
-from matexport.graph.encoding import METHODS
+from matexport.graph.encoding import CALIBRATED, METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
 from matexport.parity.comparison import Comparison, compare_outputs, kind_of
 from matexport.parity.engines import check_engine, check_golden, fitting_inputs
@@ -68,7 +69,7 @@ def verify_artefact(
         require_engine(artefact, manifest)  # before the oracle is made
         samples = fitting_inputs(samples, manifest, str(artefact))
     given, labels = inputs is not None, _labels(inputs or {}, samples)
-    inputs = samples if inputs is None else _checked(inputs, samples)
+    inputs = samples if inputs is None else checked_inputs(inputs, samples, "--inputs")
     source.fetch(source.tensors)
     progress("the oracle")
     oracle = family.load_oracle(source, plan.layers, plan.dtype)
@@ -112,22 +113,6 @@ def _verify_bundle(
 
 def _described(given: bool) -> str:
     return "given" if given else f"random, seed {SEED}"
-
-
-def _checked(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A user's inputs, if they have the names, types and shapes (but for the first axis) of our own."""
-    for name, sample in samples.items():
-        if name not in inputs:
-            fix = f"the inputs are {', '.join(samples)}"
-            raise InputError(f"input {name!r} is missing", where="--inputs", fix=fix)
-        array = inputs[name]
-        if array.dtype.kind not in "fiub":
-            raise InputError(f"input {name!r} holds no numbers", where="--inputs", fix="give a batch of real inputs")
-        free = sample.dtype.kind == "i"  # token ids: any length
-        if array.ndim != sample.ndim or not array.size or not (free or array.shape[1:] == sample.shape[1:]):
-            what = f"input {name!r} has shape {array.shape}, (any, {', '.join(map(str, sample.shape[1:]))}) expected"
-            raise InputError(what, where="--inputs", fix="give a batch of the model's own inputs")
-    return {name: np.ascontiguousarray(inputs[name], sample.dtype) for name, sample in samples.items()}
 
 
 def _labels(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> np.ndarray | None:
@@ -284,6 +269,14 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     return found
 
 
+def _ranges(manifest: dict[str, Any], where: str) -> dict[str, float]:
+    """What products of a calibrated artefact take, as it was measured."""
+    try:
+        return {str(name): float(value) for name, value in manifest["ranges"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(f"manifest cannot be read: {e!r}", where=where, fix="write the artefact again") from None
+
+
 def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
     """The graphs that a manifest says there are, by file. Raises InputError if it says what is none of ours."""
     family, manifest = subject.family, subject.manifest
@@ -292,6 +285,8 @@ def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
     if not (quantize is None or quantize in METHODS) or opset not in family.OPSETS or computed is None:
         raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
     options: dict[str, Any] = {"quantize": quantize, "opset": opset, "dtype": computed}
+    if quantize in CALIBRATED:
+        options["ranges"] = _ranges(manifest, str(subject.artefact))
     if "graphs" not in manifest or subject.artefact.is_file():
         elastic = manifest.get("elastic") is True
         return {"model.onnx": family.build_graph(subject.plan, target.form, elastic=elastic, **options)}

@@ -70,13 +70,14 @@ def open_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Program:
 
 
 def _runnable(file: Path) -> Path | bytes:
-    """What ONNX Runtime's CPU can run of a model: its file, or if that has products in bfloat16, another model."""
+    """What ONNX Runtime's CPU can run of a model: its file, or if that has other types, another model."""
     import onnx
 
-    from matexport.runtimes.bfloat16 import without_bfloat16
+    from matexport.runtimes.lowered import without_bfloat16, without_float4
 
     model = onnx.load(file, load_external_data=False)
-    return model.SerializeToString() if without_bfloat16(model) else file
+    changed = [without_float4(model, file.parent), without_bfloat16(model)]
+    return model.SerializeToString() if any(changed) else file
 
 
 def _dtype(text: str) -> np.dtype[Any]:

@@ -35,10 +35,10 @@ class Parts:
 
     def __init__(
         self, plan: Plan, form: str, *, opset: int = OPSET, elastic: bool = False, quantize: str | None = None,
-        dtype: str = "F32",
+        dtype: str = "F32", ranges: Mapping[str, float] | None = None,
     ):  # fmt: skip
         self.g = Graph("gemma3n", dtype, opset)
-        self.g.quantize = quantize
+        self.g.quantize, self.g.ranges = quantize, ranges or {}
         self.config: Mapping[str, Any] = text_of(plan.config)
         self.text = read_config(plan.config, "config.json")
         self.tensors, self.elastic = plan.tensors, elastic
@@ -56,6 +56,7 @@ class Parts:
         """x W^T for x (N, k) and a weight (n, k); `inner`: one whose columns are nested."""
         g, full = self.g, f"{self.prefix}{name}.weight"
         tensor = self.tensors[full]
+        g.products[full] = x
         with g.scope(name.rpartition(".")[2]):
             if g.quantize and min(tensor.shape) >= BLOCK:
                 return quantized.linear(g, x, [(full, tensor)], g.quantize)[0]
@@ -81,6 +82,7 @@ class Parts:
         """x (N, h) times the head, or the embedding where that is the head too."""
         g = self.g
         name = HEAD if HEAD in self.tensors else self.prefix + EMBEDDING
+        g.products[name] = x
         if g.quantize and (name == HEAD or quantized.gathers(self.tensors[name], g.quantize)):
             return quantized.linear(g, x, [(name, self.tensors[name])], g.quantize)[0]
         return self.widened(g.op("Gemm", self.narrowed(x), g.weight(name, self.tensors[name]), transB=1))
