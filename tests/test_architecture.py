@@ -31,6 +31,7 @@ LAYERS = [
     {"onnx", "tensorrt"},
     {"parity", "hf"},
     {"api"},
+    {"kernels"},
     {"cli", "__init__"},
 ]
 HEAVY = {"torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx"}

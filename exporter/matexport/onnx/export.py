@@ -97,6 +97,11 @@ def write_onnx(
     _publish_files(aside, output, (data, f"{output.name}.json", output.name))
 
 
+def model_without_weights(plan: Plan, graph: Graph) -> bytes:
+    """The model file of a planned slice, whose weights are said to be in a file that is not there."""
+    return _model(graph, plan, dict.fromkeys(graph.weights, (f"{MODEL}_data", 0)), Path())
+
+
 def write_in_place(checkpoint: Checkpoint, plan: Plan, graph: Graph, *, target: Target, force: bool = False) -> Path:
     """Puts `model.onnx` and its manifest beside the checkpoint's own weights, which it uses; returns its path.
 

@@ -34,8 +34,8 @@ class Source:
 
     @property
     def tf32(self) -> bool:
-        """Whether products of float32 may be rounded to TF32: not where all is float32, which then means float32."""
-        return self.precisions != ("float32",)
+        """Whether products of float32 may be rounded to TF32: not in a model of float32, which then means float32."""
+        return bool(self.manifest.get("dtype", "float32") != "float32")
 
     def describe(self, target: Target) -> dict[str, Any]:
         """What the manifests of an engine and of a kit share."""
@@ -45,7 +45,7 @@ class Source:
             "matexport": __version__,
             **{key: self.manifest[key] for key in ("family", "slice", "source")},
             **({"origin": short} if "origin" in self.manifest else {}),
-            **({"quantize": self.manifest["quantize"]} if "quantize" in self.manifest else {}),
+            **{key: self.manifest[key] for key in ("quantize", "dtype") if key in self.manifest},
             "target": target.name,
             "form": self.manifest["form"],
             "capabilities": list(target.capabilities),
@@ -58,11 +58,12 @@ class Source:
         }
 
 
-def open_source(onnx: Path, target: Target, shapes: Mapping[str, Profile]) -> Source:
+def open_source(onnx: Path, target: Target, shapes: Mapping[str, Profile], plugin: str = "none") -> Source:
     """Reads and checks an ONNX folder.
 
     Args:
         shapes: of some inputs, instead of the default ones; see `matexport.tensorrt.profiles`.
+        plugin: what has the ops: with `cuda` and `triton` the folder is of form `custom`.
 
     Raises:
         InputError: not an ONNX folder of ours, or shapes that do not fit it.
@@ -72,9 +73,13 @@ def open_source(onnx: Path, target: Target, shapes: Mapping[str, Profile]) -> So
     if manifest["kind"] != "onnx":
         fix = "export it first: matexport onnx"
         raise InputError(f"is of kind {manifest['kind']!r}, not ONNX", where=str(onnx), fix=fix)
-    if manifest.get("form") not in target.forms:
-        fix = "export it with: matexport onnx --target portable"
-        raise InputError(f"form {manifest.get('form')!r} is not for TensorRT", where=str(onnx), fix=fix)
+    form = manifest.get("form")
+    if form != (target.form if plugin == "none" else "custom"):
+        fix = f"export it with: matexport onnx --target {'portable' if plugin == 'none' else 'cpu'}"
+        if form == "custom":
+            fix += "; or build it with --plugin cuda or --plugin triton"
+        using = "TensorRT without plugins" if plugin == "none" else f"plugin {plugin!r}"
+        raise InputError(f"form {form!r} is not for {using}", where=str(onnx), fix=fix)
     for name, problem in file_problems(onnx, manifest).items():
         if problem:
             raise MismatchError(f"{name!r} {problem}", where=str(onnx), fix="export it again")
