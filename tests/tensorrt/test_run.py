@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,6 +188,54 @@ def test_other_names_or_profiles_than_the_manifest_says(engine: Path, gpu: list[
         runtime.open_engine(engine, {**manifest, "inputs": {"x": {}}})
     with pytest.raises(InputError, match="other profiles"):
         runtime.open_engine(engine, {**manifest, "profiles": {"default": {}}})
+
+
+def test_plugins_are_there_before_the_engine(engine: Path, gpu: list[Gpu], monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt as fake
+
+    manifest = json.loads((engine / "matexport.json").read_text())
+    seen: list[tuple[list[str], bool]] = []
+    load = fake.Runtime.deserialize_cuda_engine
+
+    def watched(self: Any, data: bytes) -> Any:
+        seen.append((list(fake.REGISTRY.libraries), self.engine_host_code_allowed))
+        return load(self, data)
+
+    monkeypatch.setattr(fake.Runtime, "deserialize_cuda_engine", watched)
+    for plugins in (
+        {},
+        {"kind": "cuda", "library": "lib.so", "embedded": True},
+        {"kind": "cuda", "library": "../lib.so", "embedded": False},  # of a manifest, only a name counts
+    ):
+        runtime.open_engine(engine, {**manifest, "plugins": plugins})
+    assert seen == [([], False), ([], True), ([str(engine / "lib.so")], False)]
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingError, match="its plugins are in Triton"):
+        runtime.open_engine(engine, {**manifest, "plugins": {"kind": "triton", "embedded": False}})
+
+
+def test_states_that_are_written_in_place(engine: Path, source: Path, gpu: list[Gpu]) -> None:
+    """Input and output have one address; what was given is not touched."""
+    manifest = json.loads((engine / "matexport.json").read_text())
+    names = [name for name in manifest["outputs"] if name.endswith("state")]
+    aliases = {name: name.replace("present", "past_key_values", 1) for name in names}
+    program = runtime.open_engine(engine, manifest).program
+    aliased = runtime.open_engine(engine, {**manifest, "aliases": aliases}).program
+    ids, mask = np.array([[5, 3, 8]]), np.ones((1, 3), np.int64)
+    given = {**program.tokens(ids, mask), **program.zeros(1)}
+    want, got = program.run(given), aliased.run(given)
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array)
+    assert not any(given[name].any() for name in aliases.values())
+    addresses = runtime_addresses(aliased)
+    assert all(addresses[output] == addresses[given] for output, given in aliases.items())
+    assert len(set(addresses.values())) == len(addresses) - len(aliases)
+
+
+def runtime_addresses(program: Any) -> dict[str, int]:
+    """Of the last run."""
+    found: dict[str, int] = program.run.__self__._context.addresses
+    return found
 
 
 def test_without_pytorch_on_cuda(engine: Path, gpu: list[Gpu], monkeypatch: pytest.MonkeyPatch) -> None:
