@@ -6,19 +6,21 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+import tomllib
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx
 import pytest
 
 import matexport as mx
+import matexport_plugins
 from kits import bash, shellcheck
 from matexport.errors import InputError
 from matexport.manifest import describe_file
 from matexport.targets import KITS
 from matexport.tensorrt.build import rtx_environment
-from support import DIGITS, content, matexport
+from support import DIGITS, REPOSITORY, content, matexport
 
 
 def test_verified(kit_source: Path, language_kit: Path, tmp_path: Path) -> None:
@@ -159,3 +161,11 @@ def test_the_plugins_compile(plugin_kit: Path, tmp_path: Path) -> None:
     with rtx_environment() as environment:
         found = subprocess.run([sys.executable, "-c", code, library], env=environment, capture_output=True, text=True)
     assert found.stdout.strip() == "['CausalConv1d', 'Mamba2Scan']", found.stderr
+
+
+def test_the_sources_of_the_plugins_are_in_the_wheel() -> None:
+    excluded = tomllib.loads((REPOSITORY / "plugins" / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"]
+    patterns = [pattern.removeprefix("**/") for pattern in excluded["exclude"]]
+    assert any(PurePosixPath("native/kernels.cc").match(pattern) for pattern in patterns)
+    for name in matexport_plugins.trt_sources():
+        assert not any(PurePosixPath(name).match(pattern) for pattern in patterns), name
