@@ -18,6 +18,7 @@ import pytest
 
 import cuda_kernels
 import matexport as mx
+from matexport.engines import plan_engine
 from matexport.errors import InputError, MissingError
 from matexport.gpus import Gpu, find_gpus
 from matexport.runtimes import tensorrt as runtime
@@ -273,6 +274,25 @@ def test_the_builder_is_asked_for_the_same_in_tensorrt_11(
 ) -> None:
     monkeypatch.setenv("FAKE_TENSORRT_VERSION", "11.1.0.106")
     assert mx.build_trt(source, tmp_path / "e", target="tensorrt")["tensorrt"]["version"] == "11.1.0.106"
+
+
+def test_the_plan_needs_no_gpu(source: Path, tmp_path: Path) -> None:
+    """Its profiles are those that the engine gets; what is missing here is said."""
+    planned = plan_engine(source, slice="half", target="rtx-ada")
+    assert planned["missing"] is None
+    built = mx.build_trt(source, tmp_path / "rtx", slice="half", target="rtx-ada")
+    assert json.loads(json.dumps(planned["profiles"])) == json.loads(json.dumps(built["profiles"]))
+    mx.export_onnx(source, tmp_path / "onnx", slice="half", target="portable")
+    assert plan_engine(tmp_path / "onnx", target="rtx-ada")["profiles"] == planned["profiles"]
+    command = "trt", "-m", source, "-s", "half", "--dry-run", "--target", "tensorrt", "--target", "h200"
+    result = matexport(*command, "-o", tmp_path / "no")
+    assert result.code == 0, result
+    assert not (tmp_path / "no").exists()
+    assert "input_ids: 1x1 to 8x2048, best 1x128" in result.stdout
+    assert "cannot be built here: target 'tensorrt' needs" in result.stdout
+    assert "h200: a kit for TensorRT, GPUs 9.0" in result.stdout
+    assert matexport(*command, "--plugin", "cuda").code == 0
+    assert matexport("trt", "-m", source).code == 2  # without it an output is needed
 
 
 def test_gpus_are_found_by_their_driver(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def _copy(onnx: Path, folder: Path) -> None:
 
 def _cases(source: Source) -> list[Case]:
     """Golden values of every profile, from random inputs of the model's family."""
-    program = open_onnx(source.file)
+    program = open_onnx(source.file, own_types=True)
     batch, length = sizes(next(iter(source.profiles.values())), source.shapes)
     family = family_named(source.manifest["family"])
     config = read_json(source.folder / "config.json", MAX_MANIFEST)
