@@ -92,6 +92,16 @@ def test_vision_from_an_onnx_folder(gpu: list[Gpu], tmp_path: Path) -> None:
     assert "no profile takes 'pixel_values' in shape 4x3x8x8; 'default' takes 2x3x8x8 to 3x3x8x8" in result.stderr
 
 
+def test_of_a_slice_by_what_it_was_cut_from(gpu: list[Gpu], tmp_path: Path) -> None:
+    """An engine and a kit of a standalone slice."""
+    mx.plan(DIGITS, "eighth").write(tmp_path / "slice")
+    for target in ("tensorrt", "h100"):
+        mx.build_trt(tmp_path / "slice", tmp_path / target, target=target)
+        for source in (DIGITS, tmp_path / "slice"):
+            result = matexport("verify", "-m", tmp_path / target, "--source", source)
+            assert result.code == 0, result
+
+
 @pytest.mark.parametrize("output", ["logits", "present.1.recurrent_state"])
 def test_an_engine_that_computes_something_else(
     engine: Path, source: Path, monkeypatch: pytest.MonkeyPatch, output: str
@@ -178,9 +188,13 @@ def test_what_a_library_refuses(engine: Path, gpu: list[Gpu]) -> None:
     manifest = json.loads((engine / "matexport.json").read_text())
     with pytest.raises(InputError, match="cannot be loaded: Magic tag does not match"):
         runtime.open_engine(engine, manifest)
-    change(engine, tensorrt={"flavour": "toaster", "version": "1"})
-    with pytest.raises(InputError, match="manifest cannot be read"):
-        runtime.require_engine(engine, json.loads((engine / "matexport.json").read_text()))
+    odd: list[dict[str, object]] = [
+        {"tensorrt": {"flavour": "toaster", "version": "1"}}, {"tensorrt": 3}, {"capabilities": "x"}, {"inputs": []},
+        {"profiles": None},
+    ]  # fmt: skip
+    for entries in odd:
+        with pytest.raises(InputError, match="manifest cannot be read"):
+            runtime.require_engine(engine, {**manifest, **entries})
 
 
 def test_other_names_or_profiles_than_the_manifest_says(engine: Path, gpu: list[Gpu]) -> None:

@@ -25,8 +25,7 @@ TYPES = {  # of TensorRT, as PyTorch has them
 
 def require_engine(artefact: Path, manifest: Mapping[str, Any]) -> Gpu:
     """The GPU that runs an engine here; the engine itself is not touched. Raises MissingError, with the reason."""
-    flavour, version = _built_by(artefact, manifest)
-    wanted = [int(n) for n in manifest.get("capabilities", [])]
+    flavour, version, wanted = _built_by(artefact, manifest)
     where, of = str(artefact), f"an engine of {flavour} {version}"
     try:
         installed = str(importlib.import_module(FLAVOURS[flavour]).__version__)
@@ -49,12 +48,19 @@ def require_engine(artefact: Path, manifest: Mapping[str, Any]) -> Gpu:
     return gpus[0]
 
 
-def _built_by(artefact: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
-    library = manifest.get("tensorrt")
-    found = (library.get("flavour"), library.get("version")) if isinstance(library, dict) else (None, None)
-    if found[0] not in FLAVOURS or not isinstance(found[1], str):
+def _built_by(artefact: Path, manifest: Mapping[str, Any]) -> tuple[str, str, list[int]]:
+    """Flavour, version and the compute capabilities that it is for. Raises InputError."""
+    try:
+        flavour, version = str(manifest["tensorrt"]["flavour"]), str(manifest["tensorrt"]["version"])
+        capabilities = [int(n) for n in manifest["capabilities"]]
+        known = flavour in FLAVOURS and all(
+            isinstance(manifest[key], dict) for key in ("inputs", "outputs", "profiles")
+        )
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
         raise InputError("manifest cannot be read", where=str(artefact), fix="build the engine again")
-    return str(found[0]), found[1]
+    return flavour, version, capabilities
 
 
 def _install(flavour: str, version: str) -> str:
@@ -85,7 +91,7 @@ def open_engine(artefact: Path, manifest: Mapping[str, Any]) -> Engine:
     if torch is None or (DEVICE == "cuda" and not torch.cuda.is_available()):
         what = "engines are run with PyTorch's CUDA build, which is not installed"
         raise MissingError(what, where=str(artefact), fix="pip install 'matexport[gpu]'")
-    flavour, _ = _built_by(artefact, manifest)
+    flavour, _, _ = _built_by(artefact, manifest)
     loaded = _Loaded(importlib.import_module(FLAVOURS[flavour]), artefact, manifest)
     names = list(manifest["profiles"])
     engine = Engine(loaded.program(names), names)

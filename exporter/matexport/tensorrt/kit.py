@@ -70,7 +70,8 @@ def write_kit(
         if plugin != "none":
             described["plugins"] = {"kind": plugin, "ops": _fuse(source), "library": LIBRARY}
             small |= {f"plugin/{name}": path.read_bytes() for name, path in matexport_plugins.trt_sources().items()}
-        files = {f"onnx/{path.name}": describe_file(path) for path in sorted(model.iterdir())}
+        files = {f"onnx/{name}": entry for name, entry in read_manifest(model)["files"].items()}
+        files[f"onnx/{FILE}"] = describe_file(model / FILE)
         small |= {f"golden/{case.profile}/{name}": data for case in cases for name, data in case_files(case).items()}
         limit = tolerance(described)
         small |= {f"golden/{case.profile}/atol.txt": _atol(case, limit).encode() for case in cases}
