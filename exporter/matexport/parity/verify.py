@@ -278,7 +278,7 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     if subject.given and got.keys() & want.keys() >= {"logits"}:
         worth = quality(inputs, subject.labels, got["logits"], want["logits"])
         found = [replace(c, quality=worth) if (c.name, c.kind) == ("logits", kind) else c for c in found]
-    if subject.manifest.get("form") == "custom" and kernels():
+    if kernels() and any(graph.functions for graph in graphs.values()):
         kind = "functions" if kind == "onnx" else kind
         found += compare_outputs(kind, load_onnx(*files, library=False)(inputs), want, subject.family)
     return found
@@ -288,7 +288,7 @@ def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
     """The graphs that a manifest says there are, by file. Raises InputError if it says what is none of ours."""
     family, manifest = subject.family, subject.manifest
     quantize, opset = manifest.get("quantize"), manifest.get("opset", family.OPSETS[0])
-    computed = {name: key for key, name in FLOATS.items()}.get(manifest.get("dtype", "float32"))
+    computed = {name: key for key, name in FLOATS.items()}.get(str(manifest.get("dtype", "float32")))
     if not (quantize is None or quantize in METHODS) or opset not in family.OPSETS or computed is None:
         raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
     options: dict[str, Any] = {"quantize": quantize, "opset": opset, "dtype": computed}
