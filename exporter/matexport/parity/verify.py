@@ -13,12 +13,14 @@ from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
 from matexport.families import Family, family_of, with_options
+from matexport.families.rows import WHOLE
 from matexport.graph.encoding import METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
-from matexport.parity.comparison import TOLERANCES, Comparison, compare
+from matexport.parity.comparison import TOLERANCES, Comparison, compare, compare_stored
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
 from matexport.parity.quality import quality
 from matexport.parity.report import Report
+from matexport.parity.stored import stored_source
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.slice_table import FFN, Row
 from matexport.targets import target_named
@@ -76,7 +78,8 @@ def verify_artefact(
         if all(comparison.passed for comparison in files):
             raise
         found = [Comparison(artefact.name, kind, False, 0.0, detail=f"{Path(e.where).name} cannot be read: {e.what}")]
-    return Report(artefact.name, source.name, plan.name, (*found, *files), _described(given))
+    weights = _weight_bytes(subject) if manifest.get("quantize") in METHODS else None
+    return Report(artefact.name, source.name, plan.name, (*found, *files), _described(given), weights)
 
 
 def _verify_bundle(
@@ -244,8 +247,6 @@ def _compare_outputs(kind: str, got: Outputs, want: Outputs, family: Family) -> 
     kind = own if own in TOLERANCES else kind
     missing = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in want if name not in got]
     found = missing + [compare(name, kind, got[name], want[name]) for name in want if name in got]
-    if kind.removeprefix("onnx ") in METHODS:  # quantised: what is lost is above, step by step too
-        return found
     for name in got:
         step, _, output = name.partition(".")
         if step.partition("@")[0] != "decode" or output not in want:
@@ -253,6 +254,18 @@ def _compare_outputs(kind: str, got: Outputs, want: Outputs, family: Family) -> 
         exact, own = f"whole.{output}" in got, f"decode {family.NAME}"
         kind = "decode" if exact or own not in TOLERANCES else own
         found.append(compare(name, kind, got[name], got[f"whole.{output}"] if exact else want[output]))
+    return found
+
+
+def _compare_quantised(method: str, got: Outputs, want: Outputs, truth: Outputs) -> list[Comparison]:
+    """Every output, step by step too, with what the stored weights give, and with the source."""
+    kind, found = f"onnx {method}", []
+    for name in got:
+        step, _, output = name.partition(".")
+        same = name if name in want else output if step.startswith("decode@") else ""
+        if same in want:
+            found.append(compare_stored(name, kind, got[name], want[same], truth[same]))
+            found.append(compare(name, "loss", got[name], truth[same]))
     return found
 
 
@@ -267,7 +280,9 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     quantize = subject.manifest.get("quantize")
     if not (quantize is None or quantize in METHODS):
         raise InputError("manifest cannot be read", where=str(artefact), fix="write the artefact again")
-    planned = subject.family.build_graph(subject.plan, target.form, elastic=elastic, quantize=quantize).weights
+    plan, family = subject.plan, subject.family
+    graph = family.build_graph(plan, target.form, elastic=elastic, quantize=quantize)
+    planned = graph.weights
     stored = {}
     for name, (data, offset) in stored_weights(file).items():
         if name in weights and name in planned:
@@ -278,16 +293,34 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     # an elastic one has the channels of its convolution in another order; the loss of quantised ones is that of outputs
     left_out = "states." if quantize else "states.conv" if elastic else "no such name"
     want = {name: array for name, array in want.items() if left_out not in name}
-    kind = f"onnx {quantize}" if quantize else "onnx"
-    got = load_onnx(file)(inputs)
-    found += _compare_outputs(kind, got, want, subject.family)
-    if subject.given and got.keys() & want.keys() >= {"logits"}:
-        worth = quality(inputs, subject.labels, got["logits"], want["logits"])
-        found = [replace(c, quality=worth) if (c.name, c.kind) == ("logits", kind) else c for c in found]
-    if subject.manifest.get("form") == "custom" and kernels():
-        kind = "functions" if kind == "onnx" else kind
-        found += _compare_outputs(kind, load_onnx(file, library=False)(inputs), want, subject.family)
+    runs = {"onnx": True} | ({"functions": False} if graph.functions and target.form == "custom" and kernels() else {})
+    if quantize:
+        full = family.plan_slice(subject.source, WHOLE, None)
+        source = stored_source(subject.source, full, planned.values(), plan.dtype)
+        stored_want = family.load_oracle(source, plan.layers, None)(inputs)
+    for kind, library in runs.items():
+        got = load_onnx(file, library=library)(inputs)
+        if quantize:  # right where inputs of products are not rounded, and if they are, by their rounding alone
+            stored_want = {name: stored_want[name] for name in want}
+            if quantize != "int8":  # whose products are of integers
+                exact = load_onnx(file, library=library, exact=True)(inputs)
+                found += _compare_outputs(kind, exact, stored_want, family)
+            found += _compare_quantised(quantize, got, stored_want, want)
+        else:
+            found += _compare_outputs(kind, got, want, family)
+        if kind == "onnx" and subject.given and got.keys() & want.keys() >= {"logits"}:
+            worth, stated = quality(inputs, subject.labels, got["logits"], want["logits"]), "loss" if quantize else kind
+            found = [replace(c, quality=worth) if (c.name, c.kind) == ("logits", stated) else c for c in found]
     return found
+
+
+def _weight_bytes(subject: Subject) -> tuple[int, int]:
+    """Bytes of a quantised model's weights, and of the same in float32."""
+    form, method = str(subject.manifest.get("form")), subject.manifest["quantize"]
+    stored = subject.family.build_graph(subject.plan, form, quantize=method)
+    plain = subject.family.build_graph(subject.plan.cast("F32"), form)
+    sizes = [sum(weight.nbytes for weight in graph.weights.values()) for graph in (stored, plain)]
+    return sizes[0], sizes[1]
 
 
 def _check_engine(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:

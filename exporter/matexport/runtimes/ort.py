@@ -24,7 +24,7 @@ def kernels() -> Path | None:
     return matexport_plugins.ort_library()
 
 
-def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
+def load_onnx(file: Path, *, threads: int = 0, library: bool = True, exact: bool = False) -> Forward:
     """Opens a model and returns a function from inputs by name to outputs by name.
 
     A model with states is run at once and step by step: see `decode@` in `matexport.families`.
@@ -32,6 +32,7 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
     Args:
         threads: threads inside an operator; 0 leaves the choice to ONNX Runtime.
         library: whether to register the kernels of matexport-plugins, if they are there.
+        exact: compute products with block-quantised weights in float32, where the model allows inputs in 8 bits.
     Raises:
         MissingError: onnxruntime is not installed.
         InputError: the file cannot be loaded.
@@ -46,7 +47,11 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
     if library and (path := kernels()):
         options.register_custom_ops_library(str(path))
     try:
-        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        model: Path | bytes = file
+        if exact:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+            model = _without_accuracy(file)
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime raises classes of its own, all derived from Exception only
         raise InputError(
             f"onnxruntime cannot load it: {e}", where=str(file), fix="write the ONNX folder again"
@@ -65,6 +70,19 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Forward:
             raise InputError(f"onnxruntime cannot run it: {e}", where=str(file), fix=fix) from None
 
     return partial(_decode, _with_positions(run) if positions else run, states) if states else run
+
+
+def _without_accuracy(file: Path) -> bytes:
+    """The model, without the attribute that allows its products another precision than float32."""
+    import onnx
+
+    model = onnx.load(file, load_external_data=False)
+    for node in model.graph.node:
+        kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+        if len(kept) < len(node.attribute):
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return bytes(model.SerializeToString())
 
 
 def _with_positions(run: Forward) -> Forward:

@@ -18,7 +18,7 @@ from matexport.families.gemma3n.config import FULL, SLIDING, read_config, text_o
 from matexport.families.gemma3n.layout import EMBEDDING, HEAD, INNER, PER_LAYER_PROJECTION, PER_LAYER_TABLE, TEXT
 from matexport.graph import quantized
 from matexport.graph.builder import DTYPES, Graph
-from matexport.planning import Plan
+from matexport.planning import Plan, PlannedTensor, View
 
 BASES = {SLIDING: ("rope_local_base_freq", 10_000.0), FULL: ("rope_theta", 1_000_000.0)}
 LOWEST = float(np.finfo(np.float32).min)
@@ -45,6 +45,10 @@ class _Decoder:
         self.text = read_config(plan.config, "config.json")
         self.tensors, self.elastic = plan.tensors, elastic
         self.prefix = INNER if INNER + EMBEDDING in plan.tensors else TEXT
+        self.stored, self.used = self.text.layers, list(range(self.text.layers))  # of the per-layer tensors
+        if elastic:  # rows that skip layers have the tensors of all layers too, as the widest row has them
+            self.used = [layer.source for layer in plan.layers]
+            self._store_all_layers()
         self.epsilon = float(self.config.get("rms_norm_eps", 1e-6))
         g = self.g
         self.ids = g.input("input_ids", "I64", ["batch", "sequence"])
@@ -55,6 +59,16 @@ class _Decoder:
     # ---------------------------------------------------------------------------------------- parts
     def weight(self, name: str) -> ir.Value:
         return self.g.weight(self.prefix + name, self.tensors[self.prefix + name])
+
+    def _store_all_layers(self) -> None:
+        """Takes the per-layer table and projection of the source as they are."""
+        projection = self.tensors[self.prefix + PER_LAYER_PROJECTION].view.view_shape
+        self.stored = projection[0] // self.text.per_layer
+        table = self.text.per_layer_vocab, projection[0]
+        for inner, shape in ((PER_LAYER_TABLE, table), (PER_LAYER_PROJECTION, projection)):
+            tensor = self.tensors[self.prefix + inner]
+            view = View(tensor.view.source, shape, tuple(((0, n),) for n in shape), shape)
+            self.tensors = {**self.tensors, self.prefix + inner: PlannedTensor(tensor.dtype, view)}
 
     def linear(self, x: ir.Value, name: str, *, inner: bool = False) -> ir.Value:
         """x (N, k) times a weight (n, k); `inner`: one whose columns are nested."""
@@ -93,19 +107,19 @@ class _Decoder:
         with g.scope("embed_tokens_per_layer"):
             known = g.op("Less", self.ids, g.constant(text.per_layer_vocab))
             rows = self._rows(g.op("Where", known, self.ids, g.constant(0)), PER_LAYER_TABLE)
-            shape = g.constant([-1, text.layers, text.per_layer])
+            shape = g.constant([-1, self.stored, text.per_layer])
             own = g.op("Reshape", self.scaled(rows, math.sqrt(text.per_layer)), shape)
         projected = self.scaled(self.linear(x, PER_LAYER_PROJECTION.removesuffix(".weight")), text.hidden**-0.5)
         projected = self.norm(g.op("Reshape", projected, shape), "per_layer_projection_norm")
         inputs = self.scaled(g.op("Add", projected, own), math.sqrt(0.5))
-        parts = g.ops("Split", inputs, axis=1, num_outputs=text.layers, outputs=text.layers)
+        parts = g.ops("Split", inputs, axis=1, num_outputs=self.stored, outputs=self.stored)
         target, stack = self.magnitude(x), [x]
         for i in range(text.altup - 1):
             y = self.linear(x, f"altup_projections.{i}")
             stack.append(g.op("Div", g.op("Mul", y, target), self.magnitude(y, 1e-5)))
         one = g.constant([1])
         stacked = g.op("Concat", *(g.op("Unsqueeze", y, one) for y in stack), axis=1)
-        return stacked, [g.op("Squeeze", part, one) for part in parts]
+        return stacked, [g.op("Squeeze", parts[i], one) for i in self.used]
 
     def _rows(self, ids: ir.Value, name: str) -> ir.Value:
         """Rows of a table, which is never cast or copied whole."""
