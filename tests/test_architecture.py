@@ -19,7 +19,7 @@ PLUGINS = sorted((REPOSITORY / "plugins" / "matexport_plugins").rglob("*.py"))
 # from the ground up; a module may import what stands below it, and its own layer's package
 LAYERS = [
     {"errors", "version"},
-    {"dims", "tensors"},
+    {"dims", "tensors", "gpus"},
     {"pickles", "slice_table", "hub"},
     {"checkpoint"},
     {"planning"},
@@ -33,7 +33,7 @@ LAYERS = [
     {"cli", "__init__"},
 ]
 HEAVY = {"torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx"}
-MAY_IMPORT_HEAVY = {"oracle.py", "modeling.py", "hf.py", "rtx_child.py"}
+MAY_IMPORT_HEAVY = {"oracle.py", "modeling.py", "hf.py"}
 
 
 def layer_of(module: str) -> int:

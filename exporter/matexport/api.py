@@ -17,8 +17,8 @@ from matexport.families.rows import WHOLE
 from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
-from matexport.targets import target_named
-from matexport.tensorrt import Profile, build_engine
+from matexport.targets import Target, target_named
+from matexport.tensorrt import Profile, build_engine, require_builder
 from matexport.tensors import FLOATS
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
@@ -183,7 +183,8 @@ def export_onnx(
     """Writes ONNX: a folder with `model.onnx`, or one file (and its weights beside it) if `output` ends in .onnx.
 
     Args:
-        dtype: what weights are stored as, `float32` (the default), `float16` or `bfloat16`; computed is in float32.
+        dtype: what weights are stored as, `float32` (the default), `float16` or `bfloat16`; computed is in float32. For
+            target `cuda` also what products are computed in, by default float16.
         quantize: how projections and embeddings are stored: `int8`, `int8-block` or `int4-block`.
 
     Raises:
@@ -200,9 +201,18 @@ def export_onnx(
     if quantize is not None and (quantize not in METHODS or (quantize != "int8" and chosen.form == "stock")):
         what = f"cannot quantise {quantize!r} in form {chosen.form!r}"
         raise UsageError(what, fix=f"one of {', '.join(METHODS)}; standard operators (--form stock) know int8 only")
-    exported = planned.plan.cast(dtype_named(dtype) or chosen.dtype)
-    graph = planned.family.build_graph(exported, chosen.form, quantize=quantize)
+    exported, computed = stored_as(planned.plan, chosen, dtype)
+    graph = planned.family.build_graph(exported, chosen.form, quantize=quantize, dtype=computed)
     write_onnx(planned.checkpoint, exported, graph, Path(output), target=chosen, force=force, progress=progress)
+
+
+def stored_as(plan: Plan, target: Target, dtype: str | None) -> tuple[Plan, str]:
+    """The plan of what a target stores, and the type that its graph computes products in. Raises UsageError.
+
+    The graph of a typed target says itself which weights are stored in fewer bits.
+    """
+    found = dtype_named(dtype) or target.dtype
+    return (plan, found) if target.typed else (plan.cast(found), "F32")
 
 
 def export_in_place(
@@ -216,6 +226,9 @@ def export_in_place(
     from matexport.onnx import write_in_place
 
     chosen = target_named(target, "onnx", form)
+    if chosen.typed:
+        what = f"target {target!r} stores weights in its own type"
+        raise UsageError(what, fix="leave out --in-place, or use --target cpu")
     planned = model if isinstance(model, PlannedSlice) else plan(model)
     graph = planned.family.build_graph(planned.plan, chosen.form)
     return write_in_place(planned.checkpoint, planned.plan, graph, target=chosen, force=force)
@@ -243,9 +256,9 @@ def export_bundle(
     chosen = target_named(target, "onnx", form)
     if len({each.checkpoint.path for each in planned}) != 1:
         raise UsageError("the rows of a bundle are of one checkpoint", fix="plan all of them from the same model")
-    plans = [each.plan.cast(dtype_named(dtype) or chosen.dtype) for each in planned]
+    plans = [stored_as(each.plan, chosen, dtype) for each in planned]
     family, checkpoint = planned[0].family, planned[0].checkpoint
-    rows = [(one, family.build_graph(one, chosen.form, elastic=True)) for one in plans]
+    rows = [(one, family.build_graph(one, chosen.form, elastic=True, dtype=computed)) for one, computed in plans]
     return write_bundle(checkpoint, rows, Path(output), target=chosen, force=force, progress=progress)
 
 
@@ -257,16 +270,30 @@ def build_trt(
     table: StrPath | Table | None = None,
     target: str = "rtx",
     shapes: Mapping[str, Profile] | None = None,
+    timing_cache: StrPath | None = None,
     force: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Builds an engine from an ONNX folder, or from a checkpoint by way of ONNX, and returns its manifest.
 
+    Args:
+        timing_cache: for target `tensorrt`: a file of timings, shared by builds.
     Raises:
         UsageError: a row for an ONNX folder, which is one slice already.
         See also `matexport.tensorrt.build_engine` and `export_onnx`.
     """
     chosen, path = target_named(target, "engine"), Path(model)
-    build = partial(build_engine, output=Path(output), target=chosen, shapes=shapes or {}, force=force)
+    require_builder(chosen)  # before the export, not after
+    cache = Path(timing_cache) if timing_cache is not None else None
+    build = partial(
+        build_engine,
+        output=Path(output),
+        target=chosen,
+        shapes=shapes or {},
+        timing_cache=cache,
+        force=force,
+        warn=warn,
+    )
     if manifest_path(path).is_file() and read_manifest(path)["kind"] != "checkpoint":
         if slice is not None:
             raise UsageError("an ONNX folder is one slice already", where=str(path), fix="leave out -s")

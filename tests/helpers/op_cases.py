@@ -11,12 +11,18 @@ Arrays = dict[str, np.ndarray]
 TINY = {"batch": 2, "length": 45, "heads": 2, "P": 4, "N": 16, "groups": 1}
 
 LENGTHS = [{**TINY, "heads": 4, "P": 24, "groups": 2, "length": n} for n in (1, 2, 15, 16, 17, 63, 64, 65, 130)]
-HEAD_DIMS = [{**TINY, "P": P, "length": n} for P in (1, 2, 4, 16, 24, 48, 64, 80, 128) for n in (1, 70)]
+HEAD_DIMS = [{**TINY, "P": P, "length": n} for P in (1, 2, 4, 8, 12, 16, 24, 40, 48, 64, 80, 128) for n in (1, 70)]
 STATES = [{**TINY, "N": N, "P": P, "length": n} for N in (1, 5, 16, 64, 128, 256) for P in (16, 24) for n in (1, 70)]
 OPTIONS = [{**TINY, "length": n, "optional": o} for n in (1, 70) for o in ("", "state", "mask", "z")]
 MASKS = [{**TINY, "batch": 3, "length": n, "mask": m} for n in (1, 6, 70) for m in ("left", "right", "holes", "all")]
 DECAYS = [{**TINY, "length": 140, "decay": d, "optional": "state"} for d in (1e-4, 1e-2, 10.0, 100.0)]
-HEADS = [{**TINY, "heads": 1}, {**TINY, "heads": 25, "batch": 1}, {**TINY, "heads": 8, "groups": 8}]
+HEADS = [
+    {**TINY, "heads": 1},
+    {**TINY, "heads": 3, "P": 24},
+    {**TINY, "heads": 6, "P": 24, "groups": 2},
+    {**TINY, "heads": 25, "batch": 1},
+    {**TINY, "heads": 8, "groups": 8},
+]
 LIMITS = [{**TINY, "length": n, "dt_limit": limit} for n in (1, 45) for limit in ((0.01, 0.2), (0.0, 1.0))]
 SCAN_CASES = [*LENGTHS, *HEAD_DIMS, *STATES, *OPTIONS, *MASKS, *DECAYS, *HEADS, *LIMITS]
 

@@ -125,8 +125,8 @@ def test_one_file(exported: Path, vision: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", "toaster"], "one of cpu, genai, web, portable"),
-        (["--target", "rtx"], "one of cpu, genai, web, portable"),
+        (["--target", "toaster"], "one of cpu, cuda, genai, web, portable"),
+        (["--target", "rtx"], "one of cpu, cuda, genai, web, portable"),
         (["--form", "x"], "'stock'"),
     ],
 )

@@ -78,19 +78,19 @@ def test_a_model_that_is_refused(tmp_path: Path) -> None:
         "capabilities": [86],
     }
     with pytest.raises(InputError, match="TensorRT-RTX refuses the model: "):
-        run_builder(job, tmp_path)
+        run_builder(job, tmp_path, "TensorRT-RTX")
     assert not (tmp_path / "e").exists()
 
 
 def test_an_abort_of_the_library_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    child = tmp_path / "rtx_child.py"
+    child = tmp_path / "child.py"
     child.write_text("import os, sys\nprint('terminate called', file=sys.stderr, flush=True)\nos.abort()")
     monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
     with pytest.raises(InputError, match="died with SIGABRT: terminate called"):
-        run_builder({}, tmp_path)
+        run_builder({}, tmp_path, "TensorRT-RTX")
     child.write_text("raise RuntimeError('odd')")
     with pytest.raises(MatexportError, match="RuntimeError: odd"):
-        run_builder({}, tmp_path)
+        run_builder({}, tmp_path, "TensorRT-RTX")
 
 
 def test_the_library_has_its_symlink() -> None:
@@ -114,7 +114,7 @@ def test_target_tensorrt_needs_tensorrt(exported: Path, tmp_path: Path, monkeypa
     assert result.code == 5
     assert "package tensorrt, which is not installed" in result.stderr
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("json"))
-    monkeypatch.setattr(build, "has_gpu", lambda: False)
+    monkeypatch.setattr(build, "find_gpus", tuple)
     result = matexport("trt", "-m", exported, "-o", tmp_path / "out", "--target", "tensorrt")
     assert result.code == 5
     assert "needs an NVIDIA GPU" in result.stderr

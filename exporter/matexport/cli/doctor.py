@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from matexport.cli.common import echo_json, echo_table, format_option
-from matexport.tensorrt.build import has_gpu
+from matexport.gpus import find_gpus
 
 # what it is for, the distribution, the module, and the line that installs it
 PARTS = (
@@ -37,8 +37,8 @@ def command(style: str) -> None:
         usable = spec is not None and spec.origin is not None
         version = _version(distribution) if usable else None
         found.append({"part": distribution, "for": purpose, "version": version, "install": None if usable else install})
-    gpu = has_gpu()
-    found.append({"part": "NVIDIA GPU", "for": "run engines", "version": "present" if gpu else None, "install": None})
+    gpus = ", ".join(map(str, find_gpus()))
+    found.append({"part": "NVIDIA GPU", "for": "run engines", "version": gpus or None, "install": None})
     if style == "json":
         echo_json({"parts": found})
         return

@@ -83,6 +83,8 @@ def _artefact(manifest: dict[str, Any]) -> dict[str, Any]:
         "source",
         "target",
         "form",
+        "dtype",
+        "quantize",
         "tensorrt",
         "capabilities",
         "profiles",

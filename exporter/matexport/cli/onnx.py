@@ -37,7 +37,7 @@ from matexport.targets import FORMS, TARGETS
     help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind == 'onnx')}.",
 )  # fmt: skip
 @click.option("--form", type=click.Choice(FORMS), help="How the scan appears in the graph.  [the target's]")
-@click.option("--dtype", metavar="NAME", help="Store weights as float32, float16 or bfloat16.  [float32]")
+@click.option("--dtype", metavar="NAME", help="Store weights as float32, float16 or bfloat16.  [the target's]")
 @click.option(
     "--quantize", type=click.Choice(["int8", "int8-block", "int4-block"]),
     help="Store projections in fewer bits: int8 for long inputs and images, the others for decoding.",
@@ -51,7 +51,8 @@ def command(
 
     The output is a folder with model.onnx and its weights; a name that ends in .onnx gives that file
     instead, with its weights beside it. Several rows share one weights file, with a graph for each:
-    an elastic bundle. Computed is in float32, whatever weights are stored as.
+    an elastic bundle. Computed is in float32, whatever weights are stored as, but for target cuda, whose
+    products are computed in --dtype, by default float16.
 
     \b
     Examples:

@@ -13,6 +13,7 @@ from matexport.cli.common import (
     hint,
     human_bytes,
     model_option,
+    note,
     output_option,
     say,
     slice_option,
@@ -36,10 +37,14 @@ from matexport.tensorrt import Profile
 @click.option("--min-shapes", multiple=True, metavar="NAME:1x3x8x8", help="Smallest shape of an input.")
 @click.option("--opt-shapes", multiple=True, metavar="NAME:8x3x8x8", help="Shape to be fastest at.")
 @click.option("--max-shapes", multiple=True, metavar="NAME:64x3x8x8", help="Largest shape of an input.")
+@click.option(
+    "--timing-cache", metavar="FILE", type=click.Path(path_type=Path),
+    help="For target tensorrt: timings of earlier builds, which make this one faster; written too.",
+)  # fmt: skip
 @force_option
 def command(
     model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], min_shapes: tuple[str, ...],
-    opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], force: bool,
+    opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], timing_cache: Path | None, force: bool,
 ) -> None:  # fmt: skip
     """Builds an engine from a checkpoint, or from an ONNX folder (target portable).
 
@@ -59,7 +64,10 @@ def command(
     for name in places:  # before hours of building, not after
         target_named(name, "engine")
     for name, place in places.items():
-        manifest = api.build_trt(model, place, slice=row, table=table, target=name, shapes=shapes, force=force)
+        manifest = api.build_trt(
+            model, place, slice=row, table=table, target=name, shapes=shapes, timing_cache=timing_cache, force=force,
+            warn=note,
+        )  # fmt: skip
         size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
         say(f"{place}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
     hint("inspect", "-m", place)

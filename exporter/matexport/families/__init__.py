@@ -68,11 +68,13 @@ class Family(Protocol):
     def repair(self, checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
         """The checkpoint without that damage; `row` is what it was cut with. Raises CheckpointError, UsageError."""
 
-    def build_graph(self, plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None) -> Graph:
+    def build_graph(
+        self, plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32"
+    ) -> Graph:
         """The ONNX graph of a planned slice; `form` is how its own ops appear (see `matexport.targets`).
 
         With `elastic`, every weight of a narrower slice is a range of the bytes of the wider one's; `quantize` is how
-        matrices are stored (see `matexport.graph.encoding`).
+        matrices are stored (see `matexport.graph.encoding`), `dtype` what products are computed in.
         """
 
     def sample_inputs(self, config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

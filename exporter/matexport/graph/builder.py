@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,9 @@ class Weight:
 class Graph:
     """An ONNX graph that is being written down. Values are onnx-ir's; nothing here holds a weight.
 
-    Names follow `/scope/scope/Op`; the outputs of a node are named after it. What is computed is computed in `dtype`:
-    a weight that is stored in another float type is cast where it is first used.
+    Names follow `/scope/scope/Op`; the outputs of a node are named after it. Products are computed in `dtype`. If that
+    is float32, weights are stored as they are planned, and cast where they are first used; if it has fewer bits,
+    weights are stored in the type in which they are used.
     """
 
     def __init__(self, name: str, dtype: str = "F32"):
@@ -108,16 +109,26 @@ class Graph:
         *,
         transposed: bool = False,
         encoding: Encoding | None = None,
+        dtype: str | None = None,
     ) -> ir.Value:
-        """A weight by its name; see `Weight`. Asking twice for the same one gives the same value."""
-        value = self._stored(Weight(ir.Value(name=name), tensor, transposed, encoding))
+        """A weight by its name; see `Weight`. Asking twice for the same one gives the same value.
+
+        Args:
+            dtype: the float type that it is used in; by default that of products.
+        """
+        used = dtype or self.dtype
+        value = self._stored(Weight(ir.Value(name=name), self._typed(tensor, used), transposed, encoding))
         if name not in self._ready:
             self._ready[name] = value
             stored = self.weights[name].dtype
-            if stored in FLOATS and stored != self.dtype:
-                cast = self._ready[name] = self.op("Cast", value, to=int(DTYPES[self.dtype]))
-                cast.shape, cast.type = value.shape, ir.TensorType(DTYPES[self.dtype])
+            if encoding is None and stored in FLOATS and stored != used:
+                cast = self._ready[name] = self.op("Cast", value, to=int(DTYPES[used]))
+                cast.shape, cast.type = value.shape, ir.TensorType(DTYPES[used])
         return self._ready[name]
+
+    def _typed(self, tensor: PlannedTensor, dtype: str) -> PlannedTensor:
+        """A float weight as it is stored."""
+        return tensor if self.dtype == "F32" or tensor.dtype not in FLOATS else replace(tensor, dtype=dtype)
 
     def _stored(self, weight: Weight) -> ir.Value:
         """The initializer of a weight: the one that is there by its name, or this one."""
@@ -129,8 +140,17 @@ class Graph:
 
     def gather(self, name: str, tensor: PlannedTensor, ids: ir.Value) -> ir.Value:
         """Rows of a weight, in the type that is computed in: they are cast, not the weight."""
+        tensor = self._typed(tensor, self.dtype)
         rows = self.op("Gather", self._stored(Weight(ir.Value(name=name), tensor)), ids)
         return rows if tensor.dtype == self.dtype else self.op("Cast", rows, to=int(DTYPES[self.dtype]))
+
+    def to_dtype(self, x: ir.Value) -> ir.Value:
+        """float32 to the type of products."""
+        return x if self.dtype == "F32" else self.op("Cast", x, to=int(DTYPES[self.dtype]))
+
+    def to_float32(self, x: ir.Value) -> ir.Value:
+        """The type of products to float32."""
+        return x if self.dtype == "F32" else self.op("Cast", x, to=int(DTYPES["F32"]))
 
     def constant(self, array: Any, dtype: str = "I64") -> ir.Value:
         """A small constant, kept in the graph itself; equal ones are one."""

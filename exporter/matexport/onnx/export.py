@@ -25,6 +25,7 @@ from matexport.onnx.weights import Layout, lay_out, split, weight_blocks
 from matexport.planning import Plan, whole
 from matexport.staging import check_space, staged_folder
 from matexport.targets import Target
+from matexport.tensors import FLOATS
 from matexport.version import __version__
 from matexport.writer import COMPANIONS, Files, Progress, companions, write_blocks
 
@@ -235,6 +236,7 @@ def _manifest(checkpoint: Checkpoint, plan: Plan, graph: Graph, target: Target, 
         **describe_slice(plan, checkpoint),
         "target": target.name,
         "form": target.form,
+        **({"dtype": FLOATS[graph.dtype]} if graph.dtype != "F32" else {}),
         **({"quantize": graph.quantize} if graph.quantize else {}),
         "weights": weights,
         "files": dict(sorted(written.items())),

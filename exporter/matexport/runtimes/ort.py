@@ -47,10 +47,9 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True, exact: bool
     if library and (path := kernels()):
         options.register_custom_ops_library(str(path))
     try:
-        model: Path | bytes = file
-        if exact:
+        model = _runnable(file, exact)
+        if model is not file:  # its weights are where it was
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-            model = _without_accuracy(file)
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime raises classes of its own, all derived from Exception only
         raise InputError(
@@ -72,17 +71,24 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True, exact: bool
     return partial(_decode, _with_positions(run) if positions else run, states) if states else run
 
 
-def _without_accuracy(file: Path) -> bytes:
-    """The model, without the attribute that allows its products another precision than float32."""
+def _runnable(file: Path, exact: bool) -> Path | bytes:
+    """What ONNX Runtime's CPU is to run of a model: its file, or if it has products in bfloat16, another model.
+
+    With `exact`, without the attribute that lets products with quantised weights round their inputs.
+    """
     import onnx
 
+    from matexport.runtimes.bfloat16 import without_bfloat16
+
     model = onnx.load(file, load_external_data=False)
-    for node in model.graph.node:
+    changed = without_bfloat16(model)
+    for node in model.graph.node if exact else ():
         kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
         if len(kept) < len(node.attribute):
+            changed = True
             del node.attribute[:]
             node.attribute.extend(kept)
-    return bytes(model.SerializeToString())
+    return model.SerializeToString() if changed else file
 
 
 def _with_positions(run: Forward) -> Forward:

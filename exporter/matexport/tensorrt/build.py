@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matexport.errors import InputError, MatexportError, MismatchError, MissingError
-from matexport.manifest import FILE, describe_file, file_problems, manifest_bytes, read_manifest
+from matexport.errors import InputError, MatexportError, MissingError, UsageError
+from matexport.gpus import Gpu, find_gpus
+from matexport.manifest import FILE, describe_file, manifest_bytes
 from matexport.staging import staged_folder
-from matexport.targets import Target
-from matexport.tensorrt.profiles import Profile, profiles
-from matexport.version import __version__
+from matexport.targets import FLAVOURS, KITS, Target
+from matexport.tensorrt.profiles import Profile
+from matexport.tensorrt.source import open_source
 
 ENGINE = "model.engine"
 TIMEOUT = 3600  # seconds
@@ -31,13 +32,16 @@ def build_engine(
     *,
     target: Target,
     shapes: Mapping[str, Profile],
+    timing_cache: Path | None = None,
     force: bool = False,
     inputs: Sequence[Path] = (),
+    warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Builds an engine from an ONNX folder that matexport wrote, and returns the engine's manifest.
 
     Args:
         shapes: of some inputs, instead of the default ones; see `matexport.tensorrt.profiles`.
+        timing_cache: a file of TensorRT's timings, read if it fits and written; TensorRT-RTX has none.
         inputs: what the output must not overlap, beside the ONNX folder.
 
     Raises:
@@ -45,76 +49,54 @@ def build_engine(
             its message).
         MismatchError: its files are not those that were written.
         MissingError: the target's library or its GPU is not here.
+        UsageError: a timing cache for TensorRT-RTX; see also `staged_folder`.
     """
-    source = read_manifest(onnx)
-    if source["kind"] != "onnx":
-        fix = "export it first: matexport onnx"
-        raise InputError(f"is of kind {source['kind']!r}, not ONNX", where=str(onnx), fix=fix)
-    if source.get("form") not in target.forms:
-        fix = "export it with: matexport onnx --target portable"
-        raise InputError(f"form {source.get('form')!r} is not for TensorRT", where=str(onnx), fix=fix)
-    for name, problem in file_problems(onnx, source).items():
-        if problem:
-            raise MismatchError(f"{name!r} {problem}", where=str(onnx), fix="export it again")
-    if target.name == "tensorrt":
-        require_tensorrt()
-    model = onnx if onnx.is_file() else onnx / "model.onnx"
-    chosen = profiles(input_shapes(model), shapes, str(onnx))
+    if timing_cache and target.flavour != "TensorRT":
+        raise UsageError("TensorRT-RTX has no timing cache", fix="leave out --timing-cache, or use --target tensorrt")
+    gpu = require_builder(target)
+    source = open_source(onnx, target, shapes)
     with staged_folder(output, force=force, inputs=[onnx, *inputs]) as folder:
         job = {
-            "model": str(model.resolve()),
+            "model": str(source.file.resolve()),
             "engine": str(folder / ENGINE),
-            "profiles": list(chosen.values()),
+            "profiles": list(source.profiles.values()),
             "capabilities": target.capabilities,
+            "tf32": source.tf32,
+            "timing_cache": str(timing_cache.resolve()) if timing_cache else None,
         }
-        built = run_builder(job, onnx)
+        built = run_builder(job, onnx, target.flavour)
+        for note in built["notes"]:
+            warn(note)
         manifest = {
             "kind": "engine",
-            "matexport": __version__,
-            **{key: source[key] for key in ("family", "slice", "source")},
-            "target": target.name,
-            "form": source["form"],
-            "tensorrt": {"flavour": built["flavour"], "version": built["version"]},
-            "capabilities": list(target.capabilities),
+            **source.describe(target),
+            "capabilities": [gpu.capability] if gpu else list(target.capabilities),
+            "tensorrt": {"flavour": target.flavour, "version": built["version"]},
             "inputs": built["inputs"],
             "outputs": built["outputs"],
-            "profiles": {
-                profile: {
-                    name: dict(zip(("min", "opt", "max"), sizes, strict=True)) for name, sizes in by_input.items()
-                }
-                for profile, by_input in chosen.items()
-            },
-            "onnx": source["files"][model.name],
+            "onnx": source.manifest["files"],
             "files": {ENGINE: describe_file(folder / ENGINE)},
         }
         (folder / FILE).write_bytes(manifest_bytes(manifest))
     return manifest
 
 
-def input_shapes(model: Path) -> dict[str, tuple[int | str, ...]]:
-    """The shape of every input of an ONNX file; dynamic axes are names."""
-    import onnx
+def require_builder(target: Target) -> Gpu | None:
+    """The GPU that an engine of this target is built for here; None where it needs no GPU.
 
-    graph = onnx.load(model, load_external_data=False).graph
-    return {
-        value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim) for value in graph.input
-    }
-
-
-def require_tensorrt() -> None:
-    """Raises MissingError unless TensorRT and a GPU are here, naming what is missing."""
-    if importlib.util.find_spec("tensorrt") is None:
-        fix = "install TensorRT on the machine with the GPU, or use --target rtx, which needs neither"
-        raise MissingError("target 'tensorrt' needs the package tensorrt, which is not installed", fix=fix)
-    if not has_gpu():
-        fix = "build on the machine with the GPU, or use --target rtx, which needs none"
-        raise MissingError("target 'tensorrt' needs an NVIDIA GPU, and there is none here", fix=fix)
-    raise MissingError("target 'tensorrt' is not supported by this version", fix="use --target rtx")
-
-
-def has_gpu() -> bool:
-    """Whether an NVIDIA GPU and its driver are here."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    Raises:
+        MissingError: the target's library, or the GPU that it needs, is not here; with the way out.
+    """
+    if target.flavour == "TensorRT-RTX":
+        rtx_library()
+        return None
+    fix = f"run this on the machine with the GPU, or write a kit for it: --target {', '.join(KITS)}"
+    if importlib.util.find_spec(FLAVOURS[target.flavour]) is None:
+        raise MissingError(f"target {target.name!r} needs the package tensorrt, which is not installed", fix=fix)
+    gpus = find_gpus()
+    if not gpus:
+        raise MissingError(f"target {target.name!r} needs an NVIDIA GPU, and there is none here", fix=fix)
+    return gpus[0]
 
 
 # ------------------------------------------------------------------------------------ the child process
@@ -125,26 +107,33 @@ def rtx_environment() -> Iterator[dict[str, str]]:
     Its parser opens `libtensorrt_rtx.so`, of which the wheel ships only `...so.1`; a symlink must be on
     LD_LIBRARY_PATH before the process starts, or it aborts.
     """
+    library = rtx_library()
+    with tempfile.TemporaryDirectory() as links:
+        Path(links, "libtensorrt_rtx.so").symlink_to(library)
+        path = os.pathsep.join(filter(None, [links, os.environ.get("LD_LIBRARY_PATH")]))
+        yield {**os.environ, "LD_LIBRARY_PATH": path}
+
+
+def rtx_library() -> Path:
+    """The library of TensorRT-RTX. Raises MissingError."""
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     folders = list(spec.submodule_search_locations or []) if spec else []
     libraries = [path for folder in folders for path in Path(folder).glob("libtensorrt_rtx.so.*")]
     if not libraries:
         raise MissingError("TensorRT-RTX is not installed", fix="pip install 'matexport[rtx]'")
-    with tempfile.TemporaryDirectory() as links:
-        Path(links, "libtensorrt_rtx.so").symlink_to(libraries[0])
-        path = os.pathsep.join(filter(None, [links, os.environ.get("LD_LIBRARY_PATH")]))
-        yield {**os.environ, "LD_LIBRARY_PATH": path}
+    return libraries[0]
 
 
-def run_builder(job: dict[str, Any], onnx: Path) -> dict[str, Any]:
-    """Runs `rtx_child.py` on a job and returns its result. Raises InputError with the builder's own message."""
-    child = Path(__file__).with_name("rtx_child.py")
-    with rtx_environment() as environment, tempfile.TemporaryDirectory() as folder:
+def run_builder(job: dict[str, Any], onnx: Path, flavour: str) -> dict[str, Any]:
+    """Runs `child.py` on a job and returns its result. Raises InputError with the builder's own message."""
+    child, job = Path(__file__).with_name("child.py"), {**job, "module": FLAVOURS[flavour]}
+    environment = rtx_environment() if flavour == "TensorRT-RTX" else contextlib.nullcontext(dict(os.environ))
+    with environment as variables, tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         try:
             done = subprocess.run(
                 [sys.executable, str(child), json.dumps({**job, "result": str(result)})],
-                env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False,
+                env=variables, capture_output=True, text=True, timeout=TIMEOUT, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise MatexportError(
@@ -162,6 +151,6 @@ def run_builder(job: dict[str, Any], onnx: Path) -> dict[str, Any]:
     if not answer["ok"]:
         first = (answer["messages"] or ["no message"])[0]
         raise InputError(
-            f"TensorRT-RTX refuses the model: {first}", where=str(onnx), fix="see docs/tensorrt.md for what builds"
+            f"{flavour} refuses the model: {first}", where=str(onnx), fix="see docs/tensorrt.md for what builds"
         )
     return answer

@@ -74,7 +74,7 @@ class Mamba2Scan {
     for (p->first = 0; p->first < chunks && !s; p->first += p->panel) {
       p->chunks = std::min(p->panel, chunks - p->first);
       s = api_.parallel(context, kernels_.scan_prepare, size_t(p->batch * p->groups * p->chunks), p);
-      if (!s) s = api_.parallel(context, kernels_.scan_head, heads, p);
+      if (!s) s = api_.parallel(context, kernels_.scan_heads, heads / size_t(p->unit), p);
     }
     workspace_.give_back(block);
     return s;

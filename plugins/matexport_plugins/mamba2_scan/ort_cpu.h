@@ -28,7 +28,7 @@ struct ScanProblem {
   int64_t first, chunks;
 
   // Laid out by scan_plan in `scratch`: for each chunk of a panel, ...
-  int64_t panel, stride;  // chunks in a panel; row length of the state in work
+  int64_t panel, unit, stride;  // chunks in a panel; heads worked on at once; row length of their state in work
   float *scratch;
   size_t c_at, cb_at, b_at, pairs_at, dt_at, state_at;
   bool own_state;  // the state is worked on in scratch and not in final_state

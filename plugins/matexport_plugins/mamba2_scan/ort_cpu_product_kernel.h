@@ -17,6 +17,36 @@ MATEXPORT_INLINE void multiply(Floats<W> (&tile)[R][NV], const float *a, Size ar
   }
 }
 
+// What multiplies vector j of NV: the value of the one head, or of the head of each lane where two share an odd NV.
+template <int W, int NV>
+MATEXPORT_INLINE Floats<W> of_heads(int, const float (&values)[1]) {
+  return splat<W>(values[0]);
+}
+template <int W, int NV>
+MATEXPORT_INLINE Floats<W> of_heads(int j, const float (&values)[2]) {
+  return j < NV / 2 ? splat<W>(values[0]) : j > NV / 2 ? splat<W>(values[1]) : halves<W>(values[0], values[1]);
+}
+template <int W, int NV, int U>
+MATEXPORT_INLINE Floats<W> of_heads(int j, const float (&values)[U][kChunk], Size t) {
+  float at[U];
+  for (int u = 0; u < U; ++u) at[u] = values[u][t];
+  return of_heads<W, NV>(j, at);
+}
+
+// As above, for the columns of two heads with factors of their own.
+template <int W, int R, int NV>
+MATEXPORT_INLINE void multiply_two(Floats<W> (&tile)[R][NV], const float *a, const float *a2, Size ak, const float *b,
+                                   Size ldb, Size K) {
+  for (Size k = 0; k < K; ++k, a += ak, a2 += ak, b += ldb) {
+    MATEXPORT_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const float factors[2] = {a[r], a2[r]};
+      MATEXPORT_UNROLL
+      for (int j = 0; j < NV; ++j) tile[r][j] += of_heads<W, NV>(j, factors) * load<W>(b + j * W);
+    }
+  }
+}
+
 // Two numbers in bfloat16, the first one in the lower half.
 struct Pair {
   unsigned bits;

@@ -16,7 +16,7 @@ using Task = void (*)(void *problem, size_t part);
 struct Kernels {
   const char *name;
   size_t (*scan_plan)(ScanProblem *);  // lays out the scratch memory; returns its size in floats
-  Task scan_prepare, scan_head, scan_step;
+  Task scan_prepare, scan_heads, scan_step;
   Task conv_rows, conv_step;
 };
 

@@ -25,7 +25,7 @@ namespace {
 #define MATEXPORT_TEXT(x) MATEXPORT_TEXT_(x)
 extern const Kernels MATEXPORT_TABLE;
 const Kernels MATEXPORT_TABLE = {
-    MATEXPORT_TEXT(MATEXPORT_ISA), MATEXPORT_ISA::scan_plan, MATEXPORT_ISA::scan_prepare, MATEXPORT_ISA::scan_head,
+    MATEXPORT_TEXT(MATEXPORT_ISA), MATEXPORT_ISA::scan_plan, MATEXPORT_ISA::scan_prepare, MATEXPORT_ISA::scan_heads,
     MATEXPORT_ISA::scan_step,      MATEXPORT_ISA::conv_rows, MATEXPORT_ISA::conv_step,
 };
 

@@ -41,6 +41,13 @@ template <int W>
 MATEXPORT_INLINE Floats<W> splat(float x) {
   return x - Floats<W>{};  // minus zero: the compiler may drop it, also for x = -0
 }
+// The first half of the lanes a, the second half b.
+template <int W>
+MATEXPORT_INLINE Floats<W> halves(float a, float b) {
+  typename Lanes<W>::I second;
+  for (int i = 0; i < W; ++i) second[i] = i < W / 2 ? 0u : ~0u;
+  return second ? splat<W>(b) : splat<W>(a);
+}
 template <int W>
 MATEXPORT_INLINE Floats<W> load(const float *p) {
   Floats<W> v;

@@ -66,10 +66,12 @@ def damage(checkpoint: Checkpoint) -> tuple[str, ...]:
     return faults(checkpoint.config)
 
 
-def build_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None) -> Graph:
+def build_graph(
+    plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32"
+) -> Graph:
     from matexport.families.gemma3n.graph import decoder_graph
 
-    return decoder_graph(plan, elastic=elastic, quantize=quantize)
+    return decoder_graph(plan, elastic=elastic, quantize=quantize, dtype=dtype)
 
 
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

@@ -64,11 +64,13 @@ def repair(checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
     raise UsageError("no tool is known to damage MatMamba checkpoints", fix="leave out --repair")
 
 
-def build_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None) -> Graph:
+def build_graph(
+    plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32"
+) -> Graph:
     from matexport.families.matmamba.graph import language_graph, vision_graph
 
     build = vision_graph if plan.config["model_type"] == "matmamba_vision" else language_graph
-    return build(plan, form, elastic=elastic, quantize=quantize)
+    return build(plan, form, elastic=elastic, quantize=quantize, dtype=dtype)
 
 
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

@@ -14,20 +14,25 @@ from matexport.planning import Plan
 STATES = ("conv_state", "recurrent_state")  # onnxruntime-genai's names
 
 
-def vision_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None) -> Graph:
-    """`pixel_values` (batch, 3, s, s) -> `logits` (batch, classes), from the config and shapes of a plan."""
+def vision_graph(
+    plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32"
+) -> Graph:
+    """`pixel_values` (batch, 3, s, s) -> `logits` (batch, classes), from the config and shapes of a plan.
+
+    Inputs and outputs are float32, whatever products are computed in.
+    """
     config = plan.config
     d, patch, size = config["d_model"], config["patch_size"], config["image_size"]
     patches = (size // patch) ** 2
-    g = Graph("matmamba_vision")
+    g = Graph("matmamba_vision", dtype)
     blocks = Blocks(
         g, plan, form, prefix=PREFIXES["vision"], length=patches + 1, masked=False, elastic=elastic, quantize=quantize
     )
     weight = blocks.weight
 
-    pixels = g.input("pixel_values", g.dtype, ["batch", 3, size, size])
+    pixels = g.input("pixel_values", "F32", ["batch", 3, size, size])
     with g.scope("patch_embed"):
-        proj = weight("patch_embed.proj.weight"), weight("patch_embed.proj.bias")
+        proj = weight("patch_embed.proj.weight"), weight("patch_embed.proj.bias")  # Conv-11 knows no bfloat16
         x = g.op("Conv", pixels, *proj, kernel_shape=[patch, patch], strides=[patch, patch])
         x = g.op("Transpose", g.op("Reshape", x, g.constant([0, d, patches])), perm=[0, 2, 1])
     with g.scope("cls_token"):  # the class token comes last
@@ -48,18 +53,22 @@ def vision_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: str 
         x = blocks.norm(g.op("Slice", x, g.constant([0]), g.constant([patches]), g.constant([1])), "norm_f")
         x = g.op("ReduceMean", x, g.constant([1]), keepdims=0)
     with g.scope("head"):
-        logits = g.op("Gemm", x, weight("head.weight"), weight("head.bias"), transB=1)
-    g.output(logits, "logits", g.dtype, ["batch", config["n_classes"]])
+        head = blocks.matrix("head.weight"), blocks.matrix("head.bias")
+        logits = g.to_float32(g.op("Gemm", g.to_dtype(x), *head, transB=1))
+    g.output(logits, "logits", "F32", ["batch", config["n_classes"]])
     return g
 
 
-def language_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None) -> Graph:
+def language_graph(
+    plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32"
+) -> Graph:
     """`input_ids` (batch, sequence), `attention_mask` (batch, total) and two states a layer -> `logits` and new states.
 
     One graph for prefill, continuation and decoding. The mask covers all tokens so far, of which the last `sequence`
     count; a step with 0, at either side, leaves the states exactly as they were. States start as zeros.
+    States and logits are float32, whatever products are computed in.
     """
-    g, prefix = Graph("matmamba_lm"), PREFIXES["lm"]
+    g, prefix = Graph("matmamba_lm", dtype), PREFIXES["lm"]
     blocks = Blocks(g, plan, form, prefix=prefix, length=None, masked=True, elastic=elastic, quantize=quantize)
     embedding = EMBEDDINGS[1], plan.tensors[EMBEDDINGS[1]]
 
@@ -72,12 +81,12 @@ def language_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: st
     if quantize and quantized.gathers(embedding[1], quantize):
         x = quantized.gather(g, ids, *embedding, quantize)
     else:
-        x = g.op("Gather", g.weight(*embedding), ids)
+        x = g.to_float32(g.op("Gather", g.weight(*embedding), ids))
     present = []
     for i in range(plan.config["n_layer"]):
         shapes: list[list[int | str]] = [["batch", *shape] for shape in blocks.state_shapes(i)]
         named = list(zip(STATES, shapes, strict=True))
-        conv, scan = (g.input(f"past_key_values.{i}.{name}", g.dtype, shape) for name, shape in named)
+        conv, scan = (g.input(f"past_key_values.{i}.{name}", "F32", shape) for name, shape in named)
         with g.scope(f"layers.{i}"):
             with g.scope("mixer"):
                 y, states = blocks.mixer(blocks.norm(x, f"{prefix}layers.{i}.norm"), i, States(conv, scan), mask)
@@ -90,7 +99,7 @@ def language_graph(plan: Plan, form: str, *, elastic: bool = False, quantize: st
         x = blocks.norm(x, f"{prefix}norm_f")
         (logits,) = blocks.linear(x, head, quantize=not tied or quantized.gathers(embedding[1], quantize))
     rows = embedding[1].shape[0]
-    g.output(logits, "logits", g.dtype, ["batch", "sequence", rows])
+    g.output(logits, "logits", "F32", ["batch", "sequence", rows])
     for value, name, shape in present:
-        g.output(value, name, g.dtype, shape)
+        g.output(value, name, "F32", shape)
     return g

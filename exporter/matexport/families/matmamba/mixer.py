@@ -1,4 +1,9 @@
-"""What the ONNX graphs of both MatMamba models are made of: norms and the Mamba-2 mixer, at the widths of a plan."""
+"""What the ONNX graphs of both MatMamba models are made of: norms and the Mamba-2 mixer, at the widths of a plan.
+
+Products with matrices are computed in the graph's type, as under the autocast that these models are trained with. All
+between them is float32: the residual stream (their configs say `residual_in_fp32`), norms, convolution, gate, scan,
+states; and so are the weights of these.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +54,10 @@ class Blocks:
             g.functions = stateful.functions(form, kernel=self.kernel, masked=masked, dt_limit=self.dt_limit)
 
     def weight(self, name: str) -> ir.Value:
+        return self.g.weight(name, self.tensors[name], dtype="F32")
+
+    def matrix(self, name: str) -> ir.Value:
+        """A weight in the type of products."""
         return self.g.weight(name, self.tensors[name])
 
     def rows(self, name: str, part: str, *ranges: tuple[int, int]) -> tuple[str, PlannedTensor]:
@@ -63,7 +72,10 @@ class Blocks:
             return quantized.linear(g, x, weights, self.quantize)
         steps = g.op("Shape", x, start=0, end=2)
         flat = g.op("Reshape", x, g.constant([-1, weights[0][1].shape[1]]))
-        products = [(g.op("Gemm", flat, g.weight(*weight), transB=1), weight[1].shape[0]) for weight in weights]
+        flat = g.to_dtype(flat)
+        products = [
+            (g.to_float32(g.op("Gemm", flat, g.weight(*weight), transB=1)), weight[1].shape[0]) for weight in weights
+        ]
         return [g.op("Reshape", y, g.op("Concat", steps, g.constant([n]), axis=0)) for y, n in products]
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
@@ -76,7 +88,7 @@ class Blocks:
     def _rms(self, x: ir.Value, eps: float) -> ir.Value:
         g = self.g
         mean = g.op("ReduceMean", g.op("Mul", x, x), g.constant([-1]), keepdims=1)
-        return g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.constant(eps, g.dtype))))
+        return g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.constant(eps, "F32"))))
 
     def state_shapes(self, layer: int) -> tuple[list[int], list[int]]:
         """Of one layer's `States`, without the batch."""
@@ -146,7 +158,7 @@ class Blocks:
             y = g.op("Mul", y, self.weight(f"{name}.norm.weight"))
         out = f"{name}.out_proj.weight"
         if self.elastic:
-            y = g.op("MatMul", y, g.weight(out, self.tensors[out], transposed=True))
+            y = g.to_float32(g.op("MatMul", g.to_dtype(y), g.weight(out, self.tensors[out], transposed=True)))
         else:
             (y,) = self.linear(y, (out, self.tensors[out]))
         return y, None if states is None or last_only else States(conv_state, scan_state)
@@ -170,9 +182,11 @@ class Blocks:
                 (first,), (xbcdt,) = self.linear(gated, gate), self.linear(u, rest)
             else:  # stored whole; runtimes split it once, when they load it
                 sizes = self.g.constant([w, channels + heads])
-                top, bottom = self.g.ops("Split", self.weight(name), sizes, axis=0, outputs=2)
-                first = self.g.op("MatMul", gated, self.g.op("Transpose", top, perm=[1, 0]))
-                xbcdt = self.g.op("MatMul", u, self.g.op("Transpose", bottom, perm=[1, 0]))
+                top, bottom = self.g.ops("Split", self.matrix(name), sizes, axis=0, outputs=2)
+                first, xbcdt = (
+                    self.g.to_float32(self.g.op("MatMul", self.g.to_dtype(x), self.g.op("Transpose", w, perm=[1, 0])))
+                    for x, w in ((gated, top), (u, bottom))
+                )
             second, third = self.g.ops("Split", xbcdt, self.g.constant([channels, heads]), axis=-1, outputs=2)
         else:
             (zxbcdt,) = self.linear(u, (name, self.tensors[name]))
@@ -183,10 +197,12 @@ class Blocks:
     def _channels(self, name: str, w: int) -> ir.Value:
         """A weight of the convolution, its channels in the order of its input."""
         channels = self.tensors[name].shape[0]
-        return self.g.weight(*self.rows(name, "bcx", (w, channels), (0, w))) if self.elastic else self.weight(name)
+        if not self.elastic:
+            return self.weight(name)
+        return self.g.weight(*self.rows(name, "bcx", (w, channels), (0, w)), dtype="F32")
 
     def _zeros(self, u: ir.Value, layer: int) -> States:
         batch = self.g.op("Shape", u, start=0, end=1)
         shapes = (self.g.op("Concat", batch, self.g.constant(s), axis=0) for s in self.state_shapes(layer))
-        conv, scan = (self.g.op("Expand", self.g.constant(0.0, self.g.dtype), shape) for shape in shapes)
+        conv, scan = (self.g.op("Expand", self.g.constant(0.0, "F32"), shape) for shape in shapes)
         return States(conv, scan)
