@@ -27,9 +27,11 @@ LAYERS = [
     {"card", "staging", "graph"},
     {"writer"},
     {"families", "targets"},
-    {"onnx", "tensorrt", "runtimes"},
+    {"runtimes"},
+    {"onnx", "tensorrt"},
     {"parity", "hf"},
     {"api"},
+    {"kernels"},
     {"cli", "__init__"},
 ]
 HEAVY = {"torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx"}

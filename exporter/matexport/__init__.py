@@ -29,10 +29,11 @@ if TYPE_CHECKING:
         verify,
     )
     from matexport.errors import MatexportError
+    from matexport.kernels import emit_ptx
 
 __all__ = [
-    "MatexportError", "PlannedSlice", "__version__", "build_trt", "export_bundle", "export_in_place", "export_onnx",
-    "load_table", "plan", "slice", "verify",
+    "MatexportError", "PlannedSlice", "__version__", "build_trt", "emit_ptx", "export_bundle", "export_in_place",
+    "export_onnx", "load_table", "plan", "slice", "verify",
 ]  # fmt: skip
 
 
@@ -41,7 +42,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'matexport' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module("matexport.errors" if name == "MatexportError" else "matexport.api"), name)
+    module = {"MatexportError": "errors", "emit_ptx": "kernels"}.get(name, "api")
+    return getattr(importlib.import_module(f"matexport.{module}"), name)
 
 
 def __dir__() -> list[str]:

@@ -18,7 +18,7 @@ from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import Target, target_named
-from matexport.tensorrt import Profile, build_engine, require_builder
+from matexport.tensorrt import Profile, build_engine, choose_plugins, require_builder
 from matexport.tensors import FLOATS
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
@@ -177,6 +177,8 @@ def export_onnx(
     form: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    opset: int | None = None,
+    split_embeddings: bool = False,
     force: bool = False,
     progress: Progress = _silent,
 ) -> None:
@@ -186,9 +188,13 @@ def export_onnx(
         dtype: what weights are stored as, `float32` (the default), `float16` or `bfloat16`; computed is in float32. For
             target `cuda` also what products are computed in, by default float16.
         quantize: how projections and embeddings are stored: `int8`, `int8-block` or `int4-block`.
+        opset: of ai.onnx; 21 by default.
+        split_embeddings: a graph of their own for embeddings, `embed_tokens.onnx`, in front of
+            `decoder_model_merged.onnx`; some targets have it so anyway.
 
     Raises:
-        UsageError: the target cannot run the form, the form cannot be quantised so, or the output cannot be used.
+        UsageError: the target cannot run the form, the form cannot be quantised so, the family has no such opset or no
+            embeddings to split off, or the output cannot be used.
         CheckpointError, TableError: see `plan`.
     """
     from matexport.graph.encoding import METHODS
@@ -202,8 +208,21 @@ def export_onnx(
         what = f"cannot quantise {quantize!r} in form {chosen.form!r}"
         raise UsageError(what, fix=f"one of {', '.join(METHODS)}; standard operators (--form stock) know int8 only")
     exported, computed = stored_as(planned.plan, chosen, dtype)
-    graph = planned.family.build_graph(exported, chosen.form, quantize=quantize, dtype=computed)
-    write_onnx(planned.checkpoint, exported, graph, Path(output), target=chosen, force=force, progress=progress)
+    family = planned.family
+    options: dict[str, Any] = {"quantize": quantize, "dtype": computed, "opset": opset_of(family, opset)}
+    graphs = family.build_split(exported, chosen.form, **options) if split_embeddings or chosen.split else {}
+    if split_embeddings and not graphs:
+        raise UsageError(f"{family.NAME} has no embeddings to split off", fix="leave out --split-embeddings")
+    written = graphs or family.build_graph(exported, chosen.form, **options)
+    write_onnx(planned.checkpoint, exported, written, Path(output), target=chosen, force=force, progress=progress)
+
+
+def opset_of(family: Family, opset: int | None) -> int:
+    """The opset that is asked for, or the family's default. Raises UsageError if it has no such one."""
+    if opset is not None and opset not in family.OPSETS:
+        fix = f"one of {', '.join(map(str, family.OPSETS))}"
+        raise UsageError(f"{family.NAME} cannot be written at opset {opset}", fix=fix)
+    return opset or family.OPSETS[0]
 
 
 def stored_as(plan: Plan, target: Target, dtype: str | None) -> tuple[Plan, str]:
@@ -270,6 +289,9 @@ def build_trt(
     table: StrPath | Table | None = None,
     target: str = "rtx",
     shapes: Mapping[str, Profile] | None = None,
+    plugin: str = "none",
+    embed_plugin: bool = False,
+    in_place: bool = False,
     timing_cache: StrPath | None = None,
     force: bool = False,
     warn: Callable[[str], None] = lambda text: None,
@@ -277,31 +299,38 @@ def build_trt(
     """Builds an engine from an ONNX folder, or from a checkpoint by way of ONNX, and returns its manifest.
 
     Args:
+        plugin: what has the ops: `none`, `cuda` or `triton`.
+        embed_plugin: put the library into the engine, rather than beside it.
+        in_place: write new states over old ones; both are then to be bound to the same memory.
         timing_cache: for target `tensorrt`: a file of timings, shared by builds.
+
     Raises:
         UsageError: a row for an ONNX folder, which is one slice already.
-        See also `matexport.tensorrt.build_engine` and `export_onnx`.
+        See also `matexport.tensorrt.build_engine`, `choose_plugins` and `export_onnx`.
     """
     chosen, path = target_named(target, "engine"), Path(model)
+    plugins = choose_plugins(plugin, embed=embed_plugin, in_place=in_place)
     require_builder(chosen)  # before the export, not after
     cache = Path(timing_cache) if timing_cache is not None else None
     build = partial(
-        build_engine,
-        output=Path(output),
-        target=chosen,
-        shapes=shapes or {},
-        timing_cache=cache,
-        force=force,
-        warn=warn,
-    )
-    if manifest_path(path).is_file() and read_manifest(path)["kind"] != "checkpoint":
-        if slice is not None:
-            raise UsageError("an ONNX folder is one slice already", where=str(path), fix="leave out -s")
+        build_engine, output=Path(output), target=chosen, shapes=shapes or {}, plugins=plugins, timing_cache=cache,
+        force=force, warn=warn,
+    )  # fmt: skip
+    if is_onnx(path, slice):
         return build(path)
     planned = plan(model, slice, table=table)
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(planned, Path(folder, "onnx"), target="portable")
+        export_onnx(planned, Path(folder, "onnx"), target="cpu" if plugins else "portable")
         return build(Path(folder, "onnx"), inputs=[planned.checkpoint.path])
+
+
+def is_onnx(path: Path, slice: str | None) -> bool:
+    """Whether an ONNX folder or file is there rather than a checkpoint. Raises UsageError if a row is named too."""
+    if not manifest_path(path).is_file() or read_manifest(path)["kind"] == "checkpoint":
+        return False
+    if slice is not None:
+        raise UsageError("an ONNX folder is one slice already", where=str(path), fix="leave out -s")
+    return True
 
 
 def verify(
@@ -324,6 +353,6 @@ def verify(
 
 
 __all__ = [
-    "PlannedSlice", "build_trt", "export_bundle", "export_in_place", "export_onnx", "load_table", "plan", "slice",
-    "verify",
+    "PlannedSlice", "build_trt", "export_bundle", "export_in_place", "export_onnx", "load_table", "plan",
+    "slice", "verify",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ class Target:
         dtype: what float weights are cast to.
         typed: whether `dtype` is also what products are computed in; else that is float32, however weights are stored.
         folder: where in the artefact the model lies.
+        split: whether large embeddings are in a graph of their own.
         max_file: the most bytes of weights in one file; None for any number.
         flavour: of TensorRT, which builds the engine and runs it: a key of `FLAVOURS`.
         capabilities: of the GPUs that an engine is for, 86 for 8.6; none where that is the GPU at hand.
@@ -30,6 +31,7 @@ class Target:
     dtype: str
     typed: bool = False
     folder: str = ""
+    split: bool = False
     max_file: int | None = None
     flavour: str = ""
     capabilities: tuple[int, ...] = ()

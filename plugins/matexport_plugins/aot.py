@@ -7,9 +7,12 @@ for long: Triton writes the newest that its own assembler knows, which older dri
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import hashlib
 import io
 import json
+import operator
 import os
 import re
 import subprocess
@@ -19,10 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-PTX_ISA = {80: 84, 86: 84, 87: 84, 89: 84, 90: 84, 100: 86, 103: 88, 120: 87, 121: 88}
+PTX_ISA = {80: 84, 86: 84, 87: 84, 89: 84, 90: 84, 100: 86, 103: 88, 110: 90, 120: 87, 121: 88}
 """Compute capability -> PTX ISA version: 8.4 came with CUDA 12.4, newer architectures have the first with them."""
 
-SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 """Compute capability -> KiB of shared memory that one program may take (CUDA C++ Programming Guide, table of
 compute capabilities)."""
 
@@ -36,8 +39,9 @@ class Launch:
         arguments: name -> Triton's type of each parameter that is passed, in the kernel's order; pointers are aligned
             to 16 bytes.
         constants: everything else that the kernel takes; None for inputs that are absent.
-        numbers: integer parameter -> its value, arithmetic on `batch` and `length`.
+        numbers: integer parameter -> its value, arithmetic on `batch` and `length` (see `evaluate`).
         grid: three numbers, the same arithmetic.
+        outputs: pointers that the kernel writes -> their tensors' shapes, the same arithmetic.
     """
 
     kernel: Any
@@ -45,8 +49,48 @@ class Launch:
     constants: Mapping[str, Any]
     numbers: Mapping[str, str]
     grid: tuple[str, str, str]
+    outputs: Mapping[str, tuple[str, ...]]
     warps: int = 4
     stages: int = 2
+
+    @property
+    def inputs(self) -> list[str]:
+        """The pointers that the kernel reads, in order."""
+        return [k for k, v in self.arguments.items() if v.startswith("*") and k not in self.outputs]
+
+    @property
+    def name(self) -> str:
+        """One for each specialisation: the kernel's, and eight digits of what it is specialised to."""
+        parts = (self.arguments, self.constants, self.numbers, self.grid, self.outputs, self.warps, self.stages)
+        text = json.dumps([dict(part) if isinstance(part, Mapping) else part for part in parts], sort_keys=True)
+        return f"{self.kernel.__name__}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
+
+
+def evaluate(text: str, **sizes: Any) -> Any:
+    """The arithmetic of a launch: +, -, *, // on integers and names.
+
+    Args:
+        sizes: `batch` and `length`; integers, or what has these operators, such as TensorRT's symbols (which stand on
+            the left of every operator).
+
+    Raises:
+        ValueError: anything else.
+    """
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+                return OPERATORS[type(op)](value(left), value(right))
+            case ast.Name(name) if name in sizes:
+                return sizes[name]
+            case ast.Constant(int() as number):
+                return number
+        raise ValueError(f"{text!r} is no arithmetic on {', '.join(sizes)}")
+
+    return value(ast.parse(text, mode="eval").body)
 
 
 @dataclass(frozen=True)
@@ -64,6 +108,7 @@ class Compiled:
     arguments: Mapping[str, str]
     numbers: Mapping[str, str]
     grid: tuple[str, str, str]
+    outputs: Mapping[str, tuple[str, ...]]
     threads: int
     shared: int
     registers: int
@@ -113,8 +158,8 @@ def compile_kernel(launch: Launch, compute_capability: int) -> Compiled:
     registers, stack = resources(cubin)
     return Compiled(
         name=compiled.metadata.name, compute_capability=compute_capability, target=target, isa=version,
-        arguments=dict(launch.arguments), numbers=dict(launch.numbers), grid=launch.grid, threads=32 * launch.warps,
-        shared=compiled.metadata.shared, registers=registers, stack=stack,
+        arguments=dict(launch.arguments), numbers=dict(launch.numbers), grid=launch.grid, outputs=dict(launch.outputs),
+        threads=32 * launch.warps, shared=compiled.metadata.shared, registers=registers, stack=stack,
         hidden=len(parameters(ptx)) - len(launch.arguments), ptx=strip_hidden(ptx, len(launch.arguments)), cubin=cubin,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from cuda_driver import Module  # noqa: E402
 from matexport_plugins import aot  # noqa: E402
 from matexport_plugins.causal_conv1d import triton_aot as conv_aot  # noqa: E402
 from matexport_plugins.mamba2_scan import triton_aot as scan_aot  # noqa: E402
+from matexport_plugins.mamba2_scan import triton_tiles  # noqa: E402
 from op_cases import conv_inputs, scan_inputs  # noqa: E402
 from triton_ops import CASES, IDS, TOLERANCES, conv_op, errors, scan_op, tensors  # noqa: E402
 
@@ -35,7 +36,7 @@ def test_against_the_reference(op: str, case: dict[str, Any], dtype: Any) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("P", [16, 24, 48, 64])
 def test_all_tiles_at_the_sizes_of_matmamba(P: int, dtype: Any) -> None:
-    for tiles in scan_op.candidates(P, 128, 64, dtype, scan_op.capability(torch.device("cuda"))):
+    for tiles in triton_tiles.candidates(P, 128, 64, dtype == torch.float32, scan_op.capability(torch.device("cuda"))):
         for segments in (1, 2):
             found = errors("scan", {**WIDE, "P": P, "length": 300}, dtype, tiles=tiles, segments=segments)
             assert max(found) < TOLERANCES[dtype], (tiles, segments)

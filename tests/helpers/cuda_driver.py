@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from matexport_plugins.aot import Compiled
+from matexport_plugins.aot import Compiled, evaluate
 
 
 class Module:
@@ -35,7 +35,7 @@ class Module:
         import torch
 
         def number(text: str) -> int:
-            return int(eval(text, {"__builtins__": {}}, sizes))  # arithmetic that our own code wrote
+            return evaluate(text, **sizes)
 
         held: list[Any] = []
         for name, kind in self.compiled.arguments.items():

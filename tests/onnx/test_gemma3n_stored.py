@@ -154,13 +154,13 @@ def test_quantised(tmp_path: Path, method: str, row: Row) -> None:
     for c in report.comparisons:
         if c.kind == "loss":
             assert c.kl is not None
-            assert c.kl > 1e-3
+            assert c.kl > (1e-2 if method == "int4-block" else 1e-4)
             assert c.top1 is not None
             assert c.top1 < 1
     sizes = report.to_json()["weights"]
     stored = (tmp_path / "out" / "model.onnx_data").stat().st_size
     assert sizes["bytes"] == pytest.approx(stored, rel=0.2)
-    assert sizes["bytes"] < (0.4 if method == "int8-block" else 0.25) * sizes["float32_bytes"]
+    assert sizes["bytes"] < (0.45 if method == "int8-block" else 0.35) * sizes["float32_bytes"]
 
 
 def test_a_wrong_code_fails(tmp_path: Path) -> None:

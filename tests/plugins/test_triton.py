@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from matexport_plugins.mamba2_scan import triton_tiles
 from op_cases import TINY, conv_inputs, scan_inputs
 from triton_ops import CASES, DEVICE, IDS, TOLERANCES, conv_op, errors, scan_op, tensors
 
@@ -36,7 +37,7 @@ def test_segments_of_a_sequence(segments: int, optional: str) -> None:
 @pytest.mark.parametrize("P", [16, 48])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_tile_that_may_be_chosen(P: int, dtype: torch.dtype) -> None:
-    for tiles in scan_op.candidates(P, 16, 3, dtype, 80):
+    for tiles in triton_tiles.candidates(P, 16, 3, dtype == torch.float32, 80):
         case = {**TINY, "heads": 3, "P": P, "length": 140}
         assert max(errors("scan", case, dtype, tiles=tiles)) < TOLERANCES[dtype], tiles
 
@@ -144,15 +145,24 @@ def test_the_interpreter_is_not_trusted_with_bfloat16() -> None:
 
 
 def test_the_rules_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [scan_op.head_tile(P, 128) for P in (1, 16, 24, 48, 64, 80, 128, 200)] == [16, 16, 32, 64, 64, 32, 64, 64]
-    assert scan_op.head_tile(64, 256) == 32
+    assert [triton_tiles.head_tile(P, 128) for P in (1, 16, 24, 48, 64, 80, 128, 200)] == [
+        16,
+        16,
+        32,
+        64,
+        64,
+        32,
+        64,
+        64,
+    ]
+    assert triton_tiles.head_tile(64, 256) == 32
     # a batch of one fills an H200 (132 processors) with one head to a program, in segments if it is long enough
     h200 = 132
     monkeypatch.setattr(scan_op, "processors", lambda device: h200)
     cpu = torch.device("cpu")
     short, long = (scan_op.choose(1, n, 64, 1, 16, 128, torch.bfloat16, cpu) for n in (197, 16384))
     assert (short.heads, long.heads) == (1, 4)
-    assert scan_op.useful_segments(64, 197, h200) == 1
-    assert scan_op.useful_segments(16, 16384, h200) == 16
-    assert scan_op.useful_segments(67, 16384, h200) == 1
-    assert np.ptp([t.heads * t.p for t in scan_op.candidates(24, 128, 64, torch.bfloat16, 90)]) == 96
+    assert triton_tiles.useful_segments(64, 197, h200) == 1
+    assert triton_tiles.useful_segments(16, 16384, h200) == 16
+    assert triton_tiles.useful_segments(67, 16384, h200) == 1
+    assert np.ptp([t.heads * t.p for t in triton_tiles.candidates(24, 128, 64, False, 90)]) == 96

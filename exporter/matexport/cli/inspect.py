@@ -42,7 +42,7 @@ def command(model: str, allow_pickle: bool, style: str) -> None:
         hint("slice", "-m", model, "--repair", "-o", "OUTPUT")
     elif found["kind"] == "checkpoint" and manifest is None:
         hint("slices", "-m", model)
-    else:
+    elif found["kind"] != "ptx":
         hint("verify", "-m", model, "--source", "SOURCE")
 
 
@@ -85,6 +85,8 @@ def _artefact(manifest: dict[str, Any]) -> dict[str, Any]:
         "form",
         "dtype",
         "quantize",
+        "plugins",
+        "aliases",
         "tensorrt",
         "capabilities",
         "profiles",

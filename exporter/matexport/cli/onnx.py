@@ -42,10 +42,19 @@ from matexport.targets import FORMS, TARGETS
     "--quantize", type=click.Choice(["int8", "int8-block", "int4-block"]),
     help="Store projections in fewer bits: int8 for long inputs and images, the others for decoding.",
 )  # fmt: skip
+@click.option(
+    "--opset", type=int, metavar="N",
+    help="Of ai.onnx. Gemma 3n knows 23 too: fused operators, for ONNX Runtime 1.23 and newer.  [21]",
+)  # fmt: skip
+@click.option(
+    "--split-embeddings", is_flag=True,
+    help="Gemma 3n: two graphs, embed_tokens.onnx with the tables and decoder_model_merged.onnx with the rest.",
+)  # fmt: skip
 @force_option
 def command(
     model: str, allow_pickle: bool, table: str | None, rows: tuple[str, ...], output: Path | None, in_place: bool,
-    target: str, form: str | None, dtype: str | None, quantize: str | None, force: bool,
+    target: str, form: str | None, dtype: str | None, quantize: str | None, opset: int | None, split_embeddings: bool,
+    force: bool,
 ) -> None:  # fmt: skip
     """Writes ONNX from a full checkpoint and a row, or from a sliced checkpoint.
 
@@ -60,11 +69,15 @@ def command(
       matexport onnx -m half -o half.onnx --form stock
       matexport onnx -m checkpoint -s half -o half-int4 --quantize int4-block
       matexport onnx -m half --in-place
+      matexport onnx -m gemma -s E2.49B -o e2.49b-onnx --split-embeddings
       matexport onnx -m checkpoint -s full -s half -s quarter -o elastic
     """
     if in_place and (rows or output or dtype or quantize):
         fix = "leave out -s, -o, --dtype and --quantize; slice it first"
         raise UsageError("--in-place takes a checkpoint as it is", fix=fix)
+    if (in_place or len(rows) > 1) and (opset or split_embeddings):
+        fix = "leave out --opset and --split-embeddings, or write one row with -o"
+        raise UsageError("--in-place and elastic bundles are one graph each, at opset 21", fix=fix)
     if len(rows) > 1 and quantize:
         raise UsageError("an elastic bundle cannot be quantised", fix="export each row by itself")
     if not in_place and output is None:
@@ -82,7 +95,8 @@ def command(
     with progress_bar("writing", max(each.plan.nbytes for each in planned)) as progress:
         options: dict[str, Any] = {"target": target, "form": form, "dtype": dtype, "force": force, "progress": progress}
         if len(planned) == 1:
-            api.export_onnx(planned[0], output, quantize=quantize, **options)
+            options |= {"quantize": quantize, "opset": opset, "split_embeddings": split_embeddings}
+            api.export_onnx(planned[0], output, **options)
             stored = f", {quantize}" if quantize else ""
             say(f"{output}: {first.name}, {first.parameters:,} parameters, target {target}{stored}")
         else:

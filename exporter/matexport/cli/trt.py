@@ -20,8 +20,9 @@ from matexport.cli.common import (
     table_option,
 )
 from matexport.errors import UsageError
+from matexport.kernels import emit_ptx
 from matexport.targets import TARGETS, target_named
-from matexport.tensorrt import Profile
+from matexport.tensorrt import CAPABILITIES, PLUGINS, Profile
 
 
 @click.command()
@@ -30,7 +31,7 @@ from matexport.tensorrt import Profile
 @slice_option
 @output_option
 @click.option(
-    "--target", "targets", default=["rtx"], multiple=True, metavar="NAME",
+    "--target", "targets", multiple=True, metavar="NAME",
     help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind == 'engine')}; rtx by default."
     " Of several, each gets a folder of its name.",
 )  # fmt: skip
@@ -41,10 +42,24 @@ from matexport.tensorrt import Profile
     "--timing-cache", metavar="FILE", type=click.Path(path_type=Path),
     help="For target tensorrt: timings of earlier builds, which make this one faster; written too.",
 )  # fmt: skip
+@click.option(
+    "--plugin", type=click.Choice(PLUGINS), default="none", show_default=True,
+    help="What has the scan and the convolution: standard operators, our CUDA kernels, or our Triton kernels.",
+)  # fmt: skip
+@click.option("--embed-plugin", is_flag=True, help="Put the library of --plugin cuda into the engine: one file.")
+@click.option(
+    "--in-place", is_flag=True, help="Write new states over old ones (--plugin cuda): bind both to one address."
+)
+@click.option(
+    "--emit-ptx", "ptx", is_flag=True,
+    help="Build no engine: write the Triton kernels of the model as PTX, for the GPUs of each --target, by default for"
+    f" compute capabilities {', '.join(f'{n // 10}.{n % 10}' for n in CAPABILITIES)}.",
+)  # fmt: skip
 @force_option
 def command(
     model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], min_shapes: tuple[str, ...],
-    opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], timing_cache: Path | None, force: bool,
+    opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], timing_cache: Path | None, plugin: str,
+    embed_plugin: bool, in_place: bool, ptx: bool, force: bool,
 ) -> None:  # fmt: skip
     """Builds an engine from a checkpoint, or from an ONNX folder (target portable).
 
@@ -52,25 +67,54 @@ def command(
     best 8; texts in batches of 1 to 8, best 1, with 1 to 2048 new tokens, unless all three shapes of an
     input are given. What is given for one input counts for all that share its axes.
 
+    With --plugin cuda or triton, ONNX folders are of form custom (target cpu), and the engine needs the plugins where
+    it is loaded: the last line says how.
+
     \b
     Examples:
       matexport trt -m half -o half-rtx
       matexport trt -m checkpoint -s half -o half-rtx --min-shapes pixel_values:1x3x8x8 \\
           --opt-shapes pixel_values:16x3x8x8 --max-shapes pixel_values:256x3x8x8
       matexport trt -m half -o engines --target rtx-ampere --target rtx-blackwell
+      matexport trt -m half -o half-fused --plugin cuda --embed-plugin
+      matexport trt -m half -o half-ptx --emit-ptx --target rtx-ada
     """
+    if ptx:
+        if plugin == "cuda" or embed_plugin or in_place or min_shapes or opt_shapes or max_shapes:
+            raise UsageError("--emit-ptx builds no engine", fix="leave out the options of engines")
+        _emit_ptx(model, table, row, output, targets, force)
+        return
+    targets = targets or ("rtx",)
     shapes = _profiles({"min": min_shapes, "opt": opt_shapes, "max": max_shapes})
     places = {name: output / name if len(set(targets)) > 1 else output for name in targets}
     for name in places:  # before hours of building, not after
         target_named(name, "engine")
     for name, place in places.items():
         manifest = api.build_trt(
-            model, place, slice=row, table=table, target=name, shapes=shapes, timing_cache=timing_cache, force=force,
-            warn=note,
+            model, place, slice=row, table=table, target=name, shapes=shapes, plugin=plugin, embed_plugin=embed_plugin,
+            in_place=in_place, timing_cache=timing_cache, force=force, warn=note,
         )  # fmt: skip
         size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
         say(f"{place}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
+        if "plugins" in manifest:
+            say(f"  to load it: {manifest['plugins']['load']}")
     hint("inspect", "-m", place)
+
+
+def _emit_ptx(
+    model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], force: bool
+) -> None:
+    numbers = {n for name in targets for n in target_named(name, ("engine", "kit")).capabilities}
+    if targets and not numbers:
+        raise UsageError(f"target {targets[0]!r} is the GPU at hand: which one is it?", fix="name another target")
+    chosen = sorted(numbers) or list(CAPABILITIES)
+    manifest = emit_ptx(
+        model, output, slice=row, table=table, capabilities=chosen, force=force,
+        progress=lambda number: note(f"compute capability {number // 10}.{number % 10}"),
+    )  # fmt: skip
+    size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
+    say(f"{output}: kernels for {len(chosen)} compute capabilities, {size}")
+    hint("inspect", "-m", output)
 
 
 def _profiles(groups: dict[str, tuple[str, ...]]) -> dict[str, Profile]:

@@ -27,7 +27,8 @@ FAMILIES = ("gemma3n", "matmamba")
 
 Arrays = Mapping[str, "np.ndarray"]
 # Inputs by name -> outputs by name. An output `decode.X`, or `decode@S.X`, is X computed step by step, from states
-# (after S tokens at once); it is compared with `whole.X` if that is there: X computed at once in the same precision.
+# (after S tokens at once; with S "left" or "right" after prompts of different lengths, padded there). `whole.X` is X
+# computed at once in float64, and truer than X; only models that are small enough have it.
 # `states.X` are the states after all tokens, those of all layers in one vector.
 Forward = Callable[[Arrays], Arrays]
 
@@ -42,6 +43,7 @@ class Family(Protocol):
 
     NAME: str
     COLUMN: str  # the column of a slice table that holds its widths
+    OPSETS: tuple[int, ...]  # of ai.onnx that its graphs can be written at, the default first
     OPTIONS: Mapping[str, Callable[[Plan], Plan]]  # what can be done to a plan beside choosing a row
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
@@ -69,12 +71,27 @@ class Family(Protocol):
         """The checkpoint without that damage; `row` is what it was cut with. Raises CheckpointError, UsageError."""
 
     def build_graph(
-        self, plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32"
+        self,
+        plan: Plan,
+        form: str,
+        *,
+        elastic: bool = False,
+        quantize: str | None = None,
+        dtype: str = "F32",
+        opset: int = 21,
     ) -> Graph:
         """The ONNX graph of a planned slice; `form` is how its own ops appear (see `matexport.targets`).
 
         With `elastic`, every weight of a narrower slice is a range of the bytes of the wider one's; `quantize` is how
         matrices are stored (see `matexport.graph.encoding`), `dtype` what products are computed in.
+        """
+
+    def build_split(
+        self, plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = 21
+    ) -> dict[str, Graph]:
+        """The same in several graphs, each fed with what those before it give: embeddings first; by file name.
+
+        Empty for a family whose embeddings are no large part of it.
         """
 
     def sample_inputs(self, config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

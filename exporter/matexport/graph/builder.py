@@ -16,7 +16,8 @@ from matexport.graph.encoding import Encoding
 from matexport.planning import PlannedTensor
 from matexport.tensors import FLOATS, numpy_dtype
 
-OPSET, IR_VERSION = 21, 10  # the newest that onnxruntime 1.20 loads
+OPSET = 21  # the newest that onnxruntime 1.20 loads
+IR_VERSIONS = {21: 10, 23: 11}  # 23: onnxruntime 1.23
 
 DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F64": ir.DataType.DOUBLE,
@@ -70,8 +71,8 @@ class Graph:
     weights are stored in the type in which they are used.
     """
 
-    def __init__(self, name: str, dtype: str = "F32"):
-        self.name, self.dtype = name, dtype
+    def __init__(self, name: str, dtype: str = "F32", opset: int = OPSET):
+        self.name, self.dtype, self.opset = name, dtype, opset
         self.quantize: str | None = None  # how its matrices are stored: see `matexport.graph.encoding`
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
@@ -198,7 +199,7 @@ class Graph:
 
     def _imports(self) -> dict[str, int]:
         domains = [node.domain for node in self.nodes] + [name for f in self.functions for name in f.opset_imports]
-        return {"": OPSET, **{name: 1 for name in domains if name}}
+        return {"": self.opset, **{name: 1 for name in domains if name}}
 
     def to_model(self, *, producer_version: str, metadata: dict[str, str]) -> ir.Model:
         """The finished model; the weights' tensors are to be set by whoever stores them."""
@@ -214,7 +215,7 @@ class Graph:
         return ir.Model(
             graph,
             functions=self.functions,
-            ir_version=IR_VERSION,
+            ir_version=IR_VERSIONS[self.opset],
             producer_name="matexport",
             producer_version=producer_version,
             metadata_props=metadata,

@@ -1,5 +1,5 @@
 """Plans and graphs to ONNX files."""
 
-from matexport.onnx.export import write_bundle, write_in_place, write_onnx
+from matexport.onnx.export import model_without_weights, write_bundle, write_in_place, write_onnx
 
-__all__ = ["write_bundle", "write_in_place", "write_onnx"]
+__all__ = ["model_without_weights", "write_bundle", "write_in_place", "write_onnx"]

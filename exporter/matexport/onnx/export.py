@@ -17,7 +17,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, UsageError
-from matexport.graph.builder import DTYPES, Graph, Weight
+from matexport.graph.builder import DTYPES, OPSET, Graph, Weight
 from matexport.manifest import BUNDLE, FILE, describe_slice, describe_source, json_bytes, manifest_bytes
 from matexport.onnx.genai import genai_files
 from matexport.onnx.web import rename_states, web_config
@@ -40,7 +40,7 @@ def _silent(count: int) -> None:
 def write_onnx(
     checkpoint: Checkpoint,
     plan: Plan,
-    graph: Graph,
+    graphs: Graph | Mapping[str, Graph],
     output: Path,
     *,
     target: Target,
@@ -50,43 +50,56 @@ def write_onnx(
     """Writes the graph of a planned slice; weights go from the checkpoint to the file in blocks.
 
     The output is a folder, as the target wants it; or, if its name ends in `.onnx`, that file, with `.onnx_data` and
-    the manifest `.onnx.json` beside it.
+    the manifest `.onnx.json` beside it. A model in several graphs, by file name, is a folder; each has weights of its
+    own beside it, so that it can be used without the others.
 
     Raises:
         UsageError: the target cannot be what is asked for; and see `staged_folder`.
         OutputError: see `staged_folder`.
         CheckpointError: the source ends early or changed during the run.
     """
-    layout = lay_out([graph])
+    named = {MODEL: graphs} if isinstance(graphs, Graph) else {f"{name}.onnx": g for name, g in graphs.items()}
     if output.suffix != ".onnx":
-        parts = split(layout, target.max_file)
-        files = _files(plan, graph, target, len(parts))
+        parts = {file: split(lay_out([graph]), target.max_file) for file, graph in named.items()}
+        files = _files(plan, named, target, {file: len(found) for file, found in parts.items()})
         with staged_folder(output, force=force, inputs=[checkpoint.path]) as folder:
             inner = folder / target.folder
             inner.mkdir(exist_ok=True)
             written: Files = {}
-            places: dict[str, tuple[str, int]] = {}
-            for i, part in enumerate(parts):
-                name = f"{MODEL}_data" + (f"_{i}" if i else "")
-                written |= _write_weights(checkpoint, [plan], part, inner, name, progress)
-                places |= _places(part.offsets[0], name)
-            put(inner, written, MODEL, _model(graph, plan, places, inner))
+            check_space(inner, sum(part.size for found in parts.values() for part in found))
+            for file, graph in named.items():
+                places: dict[str, tuple[str, int]] = {}
+                for i, part in enumerate(parts[file]):
+                    name = f"{file}_data" + (f"_{i}" if i else "")
+                    written |= _write_weights(checkpoint, [plan], part, inner, name, progress)
+                    places |= _places(part.offsets[0], name)
+                put(inner, written, file, _model(graph, plan, places, inner))
             written = {str(Path(target.folder, name)): entry for name, entry in written.items()}
             for name, content in files.items():
                 put(folder, written, name, content)
             for path in companions(checkpoint.path):
                 put(folder, written, path.name, path.read_bytes())
-            put(folder, written, FILE, manifest_bytes(_manifest(checkpoint, plan, graph, target, written)))
+            put(folder, written, FILE, manifest_bytes(_manifest(checkpoint, plan, named, target, written)))
         return
     _refuse_folders(target)
+    if not isinstance(graphs, Graph):
+        fix = "name a folder with -o"
+        raise UsageError("a model in several graphs is no single file", where=str(output), fix=fix)
+    graph, layout = graphs, lay_out([graphs])
     data = f"{output.name}_data"
     _refuse_existing(output, (data, f"{output.name}.json", output.name), force)
     aside = output.with_name(f".{output.name}.files")
     with _aside(aside, [checkpoint.path]) as folder:
         written = _write_weights(checkpoint, [plan], layout, folder, data, progress)
         put(folder, written, output.name, _model(graph, plan, _places(layout.offsets[0], data), folder))
-        put(folder, written, f"{output.name}.json", manifest_bytes(_manifest(checkpoint, plan, graph, target, written)))
+        manifest = manifest_bytes(_manifest(checkpoint, plan, named, target, written))
+        put(folder, written, f"{output.name}.json", manifest)
     _publish_files(aside, output, (data, f"{output.name}.json", output.name))
+
+
+def model_without_weights(plan: Plan, graph: Graph) -> bytes:
+    """The model file of a planned slice, whose weights are said to be in a file that is not there."""
+    return _model(graph, plan, dict.fromkeys(graph.weights, (f"{MODEL}_data", 0)), Path())
 
 
 def write_in_place(checkpoint: Checkpoint, plan: Plan, graph: Graph, *, target: Target, force: bool = False) -> Path:
@@ -122,7 +135,7 @@ def write_in_place(checkpoint: Checkpoint, plan: Plan, graph: Graph, *, target: 
     written: Files = {}
     with _aside(aside, []) as folder:
         put(folder, written, MODEL, _model(graph, plan, places, checkpoint.path))
-        manifest = {**_manifest(checkpoint, plan, graph, target, written), "in_place": True}
+        manifest = {**_manifest(checkpoint, plan, {MODEL: graph}, target, written), "in_place": True}
         put(folder, written, f"{MODEL}.json", manifest_bytes(manifest))
     _publish_files(aside, output, (f"{MODEL}.json", MODEL))
     return output
@@ -159,7 +172,7 @@ def write_bundle(
             own: Files = {}
             put(folder, own, f"{name}.onnx", _model(graph, plan, _places(offsets, data), folder))
             put(folder, own, f"{name}.config.json", _config(plan))
-            manifest = {**_manifest(checkpoint, plan, graph, target, own), "elastic": True}
+            manifest = {**_manifest(checkpoint, plan, {MODEL: graph}, target, own), "elastic": True}
             put(folder, own, f"{name}.onnx.json", manifest_bytes(manifest))
             written |= own
         for path in companions(checkpoint.path):
@@ -215,8 +228,9 @@ def _config(plan: Plan) -> bytes:
     return json_bytes({key: value for key, value in plan.config.items() if key != "auto_map"})
 
 
-def _files(plan: Plan, graph: Graph, target: Target, data_files: int) -> dict[str, bytes]:
+def _files(plan: Plan, graphs: Mapping[str, Graph], target: Target, data_files: Mapping[str, int]) -> dict[str, bytes]:
     """The small files of a folder for this target, whose names the graph then has too."""
+    *_, graph = graphs.values()  # the one with the states
     if target.name == "web":
         return {"config.json": json_bytes(web_config(plan, rename_states(graph), data_files))}
     return {"config.json": _config(plan)} | (genai_files(plan, graph, target.form) if target.name == "genai" else {})
@@ -229,15 +243,21 @@ def _refuse_folders(target: Target) -> None:
         raise UsageError(f"target {target.name!r} is a folder with one model", fix=fix)
 
 
-def _manifest(checkpoint: Checkpoint, plan: Plan, graph: Graph, target: Target, written: Files) -> dict[str, Any]:
-    weights = {name: _describe_weight(weight) for name, weight in graph.weights.items()}
+def _manifest(
+    checkpoint: Checkpoint, plan: Plan, graphs: Mapping[str, Graph], target: Target, written: Files
+) -> dict[str, Any]:
+    """Of several graphs `weights` are those of all, and `graphs` says which of them each has."""
+    graph, *others = graphs.values()
+    weights = {name: _describe_weight(weight) for one in graphs.values() for name, weight in one.weights.items()}
     return {
         "kind": "onnx",
         **describe_slice(plan, checkpoint),
         "target": target.name,
         "form": target.form,
         **({"dtype": FLOATS[graph.dtype]} if graph.dtype != "F32" else {}),
+        **({"opset": graph.opset} if graph.opset != OPSET else {}),
         **({"quantize": graph.quantize} if graph.quantize else {}),
+        **({"graphs": {file: list(one.weights) for file, one in graphs.items()}} if others else {}),
         "weights": weights,
         "files": dict(sorted(written.items())),
     }

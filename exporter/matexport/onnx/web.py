@@ -8,6 +8,7 @@ how `generate()` counts the tokens so far.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -55,10 +56,10 @@ def rename_states(graph: Graph) -> int:
     return layers
 
 
-def web_config(plan: Plan, layers: int, data_files: int) -> dict[str, Any]:
+def web_config(plan: Plan, layers: int, data_files: Mapping[str, int]) -> dict[str, Any]:
     """config.json: that of the slice, and what transformers.js reads."""
     config = {key: value for key, value in plan.config.items() if key != "auto_map" and _is_strict(value)}
-    js = {"dtype": "fp32", "use_external_data_format": {"model.onnx": data_files}}
+    js = {"dtype": "fp32", "use_external_data_format": dict(data_files)}
     if layers:
         config |= {
             "model_type": "nemotron_h",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ from matexport.dims import Dims
 from matexport.errors import InputError
 from matexport.families import Family, family_of, with_options
 from matexport.families.rows import WHOLE
+from matexport.graph.builder import Graph, Weight
 from matexport.graph.encoding import METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
-from matexport.parity.comparison import TOLERANCES, Comparison, compare, compare_stored
+from matexport.parity.comparison import NOISE, TOLERANCES, Comparison, compare, compare_stored
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
 from matexport.parity.quality import quality
 from matexport.parity.report import Report
 from matexport.parity.stored import stored_source
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.slice_table import FFN, Row
-from matexport.targets import target_named
+from matexport.targets import Target, target_named
 from matexport.tensors import FLOATS
 from matexport.version import __version__
 
@@ -245,20 +246,34 @@ def _compare_outputs(kind: str, got: Outputs, want: Outputs, family: Family) -> 
     """Every output with the oracle's, and what was decoded step by step with what was computed at once."""
     own = f"{kind} {family.NAME}"
     kind = own if own in TOLERANCES else kind
-    missing = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in want if name not in got]
-    found = missing + [compare(name, kind, got[name], want[name]) for name in want if name in got]
+    outputs = [name for name in want if not name.startswith("whole.")]
+    found = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in outputs if name not in got]
+    found += [_compared(name, kind, got[name], name, want, family) for name in outputs if name in got]
     lossy = kind.removesuffix(f" {family.NAME}").startswith("onnx ")  # in fewer bits: all is compared with the oracle
     for name in got:
         step, _, output = name.partition(".")
         if step.partition("@")[0] != "decode" or output not in want:
             continue
         if lossy:
-            found += [compare(name, kind, got[name], want[output])] if name not in want else []
+            found += [_compared(name, kind, got[name], output, want, family)] if name not in want else []
             continue
-        exact, own = f"whole.{output}" in got, f"decode {family.NAME}"
-        kind = "decode" if exact or own not in TOLERANCES else own
-        found.append(compare(name, kind, got[name], got[f"whole.{output}"] if exact else want[output]))
+        if f"whole.{output}" in got:  # both in float64
+            found.append(compare(name, "decode", got[name], got[f"whole.{output}"]))
+            continue
+        own = f"decode {family.NAME}"
+        found.append(_compared(name, own if own in TOLERANCES else "decode", got[name], output, want, family))
     return found
+
+
+def _compared(name: str, kind: str, got: np.ndarray, output: str, want: Outputs, family: Family) -> Comparison:
+    """Compares what is computed in fp32 with an output of the oracle, in float64 where that is known."""
+    tolerance, exact = TOLERANCES[kind], want.get(f"whole.{output}")
+    if tolerance == 0:
+        return compare(name, kind, got, want[output])
+    if exact is None:
+        return compare(name, kind, got, want[output], max(tolerance, TOLERANCES.get(f"fp32 {family.NAME}", 0)))
+    noise = compare(name, kind, want[output], exact).max_rel or 0.0
+    return compare(name, kind, got, exact, max(tolerance, NOISE * noise))
 
 
 def _compare_quantised(method: str, got: Outputs, want: Outputs, truth: Outputs) -> list[Comparison]:
@@ -279,39 +294,36 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     artefact, record = subject.artefact, subject.record
     weights = kept_tensors(subject.manifest, "weights", str(artefact))
     target = target_named(str(subject.manifest.get("target")), "onnx", str(subject.manifest.get("form")))
-    file = artefact if artefact.is_file() else artefact / target.folder / "model.onnx"
-    elastic = subject.manifest.get("elastic") is True
+    graphs = _planned_graphs(subject, target)
     quantize = subject.manifest.get("quantize")
     dtype = subject.manifest.get("dtype", "float32")
-    if not (quantize is None or quantize in METHODS) or dtype not in FLOATS.values():
-        raise InputError("manifest cannot be read", where=str(artefact), fix="write the artefact again")
-    plan, family = subject.plan, subject.family
-    computed = next(key for key in FLOATS if FLOATS[key] == dtype)
-    graph = family.build_graph(plan, target.form, elastic=elastic, quantize=quantize, dtype=computed)
-    planned = graph.weights
-    stored = {}
-    for name, (data, offset) in stored_weights(file).items():
-        if name in weights and name in planned:
-            # what is recorded relative to another source says nothing about this one; its bytes do
-            view = planned[name].tensor.view if record is not subject.manifest else weights[name].view
-            stored[name] = Stored(PlannedTensor(weights[name].dtype, view), data, offset, planned[name])
-    found = _prove(stored, {name: weight.tensor for name, weight in planned.items()}, subject.source)
+    inner = artefact / target.folder
+    files = [artefact] if artefact.is_file() else [inner / name for name in graphs]
+    found = []
+    for file, graph in zip(files, graphs.values(), strict=True):
+        planned, stored = graph.weights, {}
+        for name, (data, offset) in stored_weights(file).items():
+            if name in weights and name in planned:
+                # what is recorded relative to another source says nothing about this one; its bytes do
+                view = planned[name].tensor.view if record is not subject.manifest else weights[name].view
+                stored[name] = Stored(PlannedTensor(weights[name].dtype, view), data, offset, planned[name])
+        proofs = _prove(stored, {name: weight.tensor for name, weight in planned.items()}, subject.source)
+        found += proofs if len(files) == 1 else [replace(c, name=f"{file.name}: {c.name}") for c in proofs]
     # an elastic one has the channels of its convolution in another order; the loss of quantised ones is that of outputs
-    left_out = "states." if quantize else "states.conv" if elastic else "no such name"
+    left_out = "states." if quantize else "states.conv" if subject.manifest.get("elastic") else "no such name"
     want = {name: array for name, array in want.items() if left_out not in name}
-    typed = f"onnx {dtype}" if dtype != "float32" else "onnx"
-    runs = {"onnx": True} | ({"functions": False} if graph.functions and target.form == "custom" and kernels() else {})
+    typed, family = f"onnx {dtype}" if dtype != "float32" else "onnx", subject.family
+    with_functions = any(graph.functions for graph in graphs.values()) and target.form == "custom" and kernels()
     if quantize:
-        full = family.plan_slice(subject.source, WHOLE, None)
-        source = stored_source(subject.source, full, planned.values(), plan.dtype)
-        stored_want = family.load_oracle(source, plan.layers, None)(inputs)
-    for run, library in runs.items():
+        encoded = [weight for graph in graphs.values() for weight in graph.weights.values()]
+        stored_want = _of_stored(subject, encoded, inputs)
+    for run, library in {"onnx": True, **({"functions": False} if with_functions else {})}.items():
         kind = typed if typed != "onnx" else run
-        got = load_onnx(file, library=library)(inputs)
+        got = load_onnx(*files, library=library)(inputs)
         if quantize:  # right where inputs of products are not rounded, and if they are, by their rounding alone
             stored_want = {name: stored_want[name] for name in want}
             if quantize != "int8":  # whose products are of integers
-                exact = load_onnx(file, library=library, exact=True)(inputs)
+                exact = load_onnx(*files, library=library, exact=True)(inputs)
                 found += _compare_outputs(kind, exact, stored_want, family)
             found += _compare_quantised(quantize, got, stored_want, want)
         else:
@@ -323,6 +335,13 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     return found
 
 
+def _of_stored(subject: Subject, weights: Sequence[Weight], inputs: Outputs) -> Outputs:
+    """What the source gives with its weights as a quantised artefact stores them."""
+    family, plan = subject.family, subject.plan
+    full = family.plan_slice(subject.source, WHOLE, None)
+    return family.load_oracle(stored_source(subject.source, full, weights, plan.dtype), plan.layers, None)(inputs)
+
+
 def _weight_bytes(subject: Subject) -> tuple[int, int]:
     """Bytes of a quantised model's weights, and of the same in float32."""
     form, method = str(subject.manifest.get("form")), subject.manifest["quantize"]
@@ -330,6 +349,23 @@ def _weight_bytes(subject: Subject) -> tuple[int, int]:
     plain = subject.family.build_graph(subject.plan.cast("F32"), form)
     sizes = [sum(weight.nbytes for weight in graph.weights.values()) for graph in (stored, plain)]
     return sizes[0], sizes[1]
+
+
+def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
+    """The graphs that a manifest says there are, by file. Raises InputError if it says what is none of ours."""
+    family, manifest = subject.family, subject.manifest
+    quantize, opset = manifest.get("quantize"), manifest.get("opset", family.OPSETS[0])
+    computed = {name: key for key, name in FLOATS.items()}.get(manifest.get("dtype", "float32"))
+    if not (quantize is None or quantize in METHODS) or opset not in family.OPSETS or computed is None:
+        raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
+    options: dict[str, Any] = {"quantize": quantize, "opset": opset, "dtype": computed}
+    if "graphs" not in manifest or subject.artefact.is_file():
+        elastic = manifest.get("elastic") is True
+        return {"model.onnx": family.build_graph(subject.plan, target.form, elastic=elastic, **options)}
+    graphs = family.build_split(subject.plan, target.form, **options)
+    if not graphs:
+        raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
+    return {f"{name}.onnx": graph for name, graph in graphs.items()}
 
 
 def _check_engine(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matexport.errors import InputError, MissingError
-from matexport.families import splits
+from matexport.runtimes.program import Forward, Program, Value, chain, forward
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-Forward = Callable[[Mapping[str, "np.ndarray"]], Mapping[str, "np.ndarray"]]
 
 
 def kernels() -> Path | None:
@@ -24,15 +20,21 @@ def kernels() -> Path | None:
     return matexport_plugins.ort_library()
 
 
-def load_onnx(file: Path, *, threads: int = 0, library: bool = True, exact: bool = False) -> Forward:
-    """Opens a model and returns a function from inputs by name to outputs by name.
+def load_onnx(*files: Path, **options: Any) -> Forward:
+    """Opens a model and returns its function from inputs by name to outputs by name; see `open_onnx` and `forward`.
 
-    A model with states is run at once and step by step: see `decode@` in `matexport.families`.
+    A model in several graphs is given in the order in which they feed each other: embeddings, then the rest.
+    """
+    return forward(chain([open_onnx(file, **options) for file in files]))
+
+
+def open_onnx(file: Path, *, threads: int = 0, library: bool = True, exact: bool = False) -> Program:
+    """Opens a model.
 
     Args:
         threads: threads inside an operator; 0 leaves the choice to ONNX Runtime.
         library: whether to register the kernels of matexport-plugins, if they are there.
-        exact: compute products with block-quantised weights in float32, where the model allows inputs in 8 bits.
+        exact: whether products with block-quantised weights take inputs as they are, where the model allows 8 bits.
     Raises:
         MissingError: onnxruntime is not installed.
         InputError: the file cannot be loaded.
@@ -55,11 +57,7 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True, exact: bool
         raise InputError(
             f"onnxruntime cannot load it: {e}", where=str(file), fix="write the ONNX folder again"
         ) from None
-    outputs = [output.name for output in session.get_outputs()]
-    # after the tokens, their mask and positions, states; after the logits, the new ones in the same order
-    given = [i for i in session.get_inputs() if i.name not in ("input_ids", "attention_mask", "position_ids")]
-    positions = len(given) + 3 == len(session.get_inputs())
-    states = [(i.name, i.shape, new) for i, new in zip(given, outputs[1:], strict=False)]
+    outputs = tuple(output.name for output in session.get_outputs())
 
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
@@ -68,7 +66,8 @@ def load_onnx(file: Path, *, threads: int = 0, library: bool = True, exact: bool
             fix = "write the ONNX folder again"
             raise InputError(f"onnxruntime cannot run it: {e}", where=str(file), fix=fix) from None
 
-    return partial(_decode, _with_positions(run) if positions else run, states) if states else run
+    inputs = {i.name: Value(_dtype(i.type), tuple(i.shape)) for i in session.get_inputs()}
+    return Program(inputs, outputs, run)
 
 
 def _runnable(file: Path, exact: bool) -> Path | bytes:
@@ -91,50 +90,14 @@ def _runnable(file: Path, exact: bool) -> Path | bytes:
     return model.SerializeToString() if changed else file
 
 
-def _with_positions(run: Forward) -> Forward:
-    """The same with the positions of new tokens, from a mask of all tokens so far that hides none."""
+def _dtype(text: str) -> np.dtype[Any]:
+    """The NumPy type of `tensor(float)` and the like."""
+    import ml_dtypes
     import numpy as np
 
-    def positioned(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        (batch, new), total = inputs["input_ids"].shape, inputs["attention_mask"].shape[1]
-        return run({**inputs, "position_ids": np.tile(np.arange(total - new, total), (batch, 1))})
-
-    return positioned
-
-
-def _decode(
-    run: Forward, states: Sequence[tuple[str, list[int | str], str]], inputs: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Logits and states of one run, and of prefills of some of the tokens followed by single steps that pass states on.
-
-    A state whose sizes are not all known is a cache, empty at first; the others are those of the convolution and the
-    scan in turn.
-    """
-    import numpy as np
-
-    ids = np.asarray(inputs["input_ids"], np.int64)
-    mask = np.ones_like(ids)
-    fixed = [new for _, shape, new in states if all(isinstance(n, int) for n in shape[1:])]
-    zeros = {
-        past: np.zeros([len(ids), *(n if isinstance(n, int) else 0 for n in shape[1:])], np.float32)
-        for past, shape, _ in states
-    }
-
-    def after(out: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        kinds = {"states.conv": fixed[::2], "states.scan": fixed[1::2]} if fixed else {}
-        return {kind: np.concatenate([out[name].ravel() for name in names]) for kind, names in kinds.items()}
-
-    whole = run({"input_ids": ids, "attention_mask": mask, **zeros})
-    found = {"logits": whole["logits"], **after(whole)}
-    for split in splits(ids.shape[1]):
-        out = run({"input_ids": ids[:, :split], "attention_mask": mask[:, :split], **zeros})
-        pieces = [out["logits"]]
-        for t in range(split, ids.shape[1]):
-            carried = {past: out[new] for past, _, new in states}
-            out = run({"input_ids": ids[:, t : t + 1], "attention_mask": mask[:, : t + 1], **carried})
-            pieces.append(out["logits"])
-        found[f"decode@{split}.logits"] = np.concatenate(pieces, 1)
-        found |= {f"decode@{split}.{kind}": array for kind, array in after(out).items()}
+    name = text.removeprefix("tensor(").removesuffix(")")
+    special = {"float": np.float32, "double": np.float64, "bfloat16": ml_dtypes.bfloat16}
+    found: np.dtype[Any] = np.dtype(special.get(name, name))
     return found
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from matexport.gpus import Gpu, find_gpus
 from matexport.manifest import FILE, describe_file, manifest_bytes
 from matexport.staging import staged_folder
 from matexport.targets import FLAVOURS, KITS, Target
+from matexport.tensorrt.fused import fused_model
+from matexport.tensorrt.plugins import Plugins
 from matexport.tensorrt.profiles import Profile
 from matexport.tensorrt.source import open_source
 
@@ -32,6 +35,7 @@ def build_engine(
     *,
     target: Target,
     shapes: Mapping[str, Profile],
+    plugins: Plugins | None = None,
     timing_cache: Path | None = None,
     force: bool = False,
     inputs: Sequence[Path] = (),
@@ -41,6 +45,7 @@ def build_engine(
 
     Args:
         shapes: of some inputs, instead of the default ones; see `matexport.tensorrt.profiles`.
+        plugins: that have the ops, of which the model is then in form `custom`; see `choose_plugins`.
         timing_cache: a file of TensorRT's timings, read if it fits and written; TensorRT-RTX has none.
         inputs: what the output must not overlap, beside the ONNX folder.
 
@@ -54,10 +59,12 @@ def build_engine(
     if timing_cache and target.flavour != "TensorRT":
         raise UsageError("TensorRT-RTX has no timing cache", fix="leave out --timing-cache, or use --target tensorrt")
     gpu = require_builder(target)
-    source = open_source(onnx, target, shapes)
-    with staged_folder(output, force=force, inputs=[onnx, *inputs]) as folder:
+    source = open_source(onnx, target, shapes, plugin=plugins.kind if plugins else "none")
+    with staged_folder(output, force=force, inputs=[onnx, *inputs]) as folder, model_for(source.file, plugins) as model:
         job = {
-            "model": str(source.file.resolve()),
+            "model": str(model.path.resolve()),
+            "weights": str(source.file.resolve()),
+            "plugins": plugins.job() if plugins else None,
             "engine": str(folder / ENGINE),
             "profiles": list(source.profiles.values()),
             "capabilities": target.capabilities,
@@ -67,18 +74,47 @@ def build_engine(
         built = run_builder(job, onnx, target.flavour)
         for note in built["notes"]:
             warn(note)
+        beside = plugins.put_beside(folder) if plugins else []
         manifest = {
             "kind": "engine",
             **source.describe(target),
+            **model.described,
             "capabilities": [gpu.capability] if gpu else list(target.capabilities),
             "tensorrt": {"flavour": target.flavour, "version": built["version"]},
             "inputs": built["inputs"],
             "outputs": built["outputs"],
             "onnx": source.manifest["files"],
-            "files": {ENGINE: describe_file(folder / ENGINE)},
+            "files": {name: describe_file(folder / name) for name in (ENGINE, *beside)},
         }
         (folder / FILE).write_bytes(manifest_bytes(manifest))
     return manifest
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that the builder gets, and what the manifest says of it."""
+
+    path: Path
+    described: dict[str, Any]
+
+
+@contextlib.contextmanager
+def model_for(file: Path, plugins: Plugins | None) -> Iterator[Model]:
+    """The ONNX file as it is, or one for the plugins, in a temporary folder; weights stay where they are."""
+    if plugins is None:
+        yield Model(file, {})
+        return
+    import onnx
+
+    loaded = onnx.load(file, load_external_data=False)
+    ops, aliases = fused_model(loaded, in_place=plugins.in_place)
+    if not ops:
+        raise InputError("has no op that a plugin could have", where=str(file), fix="leave out --plugin")
+    described = {"plugins": plugins.describe(ops)} | ({"aliases": aliases} if plugins.in_place else {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, file.name)
+        path.write_bytes(loaded.SerializeToString())
+        yield Model(path, described)
 
 
 def require_builder(target: Target) -> Gpu | None:
@@ -132,7 +168,7 @@ def run_builder(job: dict[str, Any], onnx: Path, flavour: str) -> dict[str, Any]
         result = Path(folder, "result.json")
         try:
             done = subprocess.run(
-                [sys.executable, str(child), json.dumps({**job, "result": str(result)})],
+                [sys.executable, "-P", str(child), json.dumps({**job, "result": str(result)})],
                 env=variables, capture_output=True, text=True, timeout=TIMEOUT, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -150,7 +186,8 @@ def run_builder(job: dict[str, Any], onnx: Path, flavour: str) -> dict[str, Any]
         answer: dict[str, Any] = json.loads(result.read_text())
     if not answer["ok"]:
         first = (answer["messages"] or ["no message"])[0]
-        raise InputError(
-            f"{flavour} refuses the model: {first}", where=str(onnx), fix="see docs/tensorrt.md for what builds"
-        )
+        fix = "see docs/tensorrt.md for what builds"
+        if any("Plugin not found" in message for message in answer["messages"]):
+            fix = "its ops are plugins: build it with --plugin cuda or --plugin triton, or export it with --form stock"
+        raise InputError(f"{flavour} refuses the model: {first}", where=str(onnx), fix=fix)
     return answer

@@ -1,4 +1,7 @@
-"""Builds one engine, with TensorRT or TensorRT-RTX. Run as a program by build.py: it imports nothing of matexport."""
+"""Builds one engine, with TensorRT or TensorRT-RTX. Run as a program by build.py: it imports nothing of matexport.
+
+Plugins, where the job has any, are in libraries that the registry loads, or those that our Python registers.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,33 @@ from typing import Any
 def build(job: dict[str, Any]) -> dict[str, Any]:
     """Parses `model`, builds with `profiles`, and writes `engine`.
 
-    Of a job: `module` is that of the library, whose two flavours have the same interface. `capabilities` are those of
-    the GPUs that TensorRT-RTX builds for (86 is 8.6); without them it is the GPU at hand. `tf32`: whether products of
-    float32 may be rounded to TF32. `timing_cache`: a file, read if it is there and fits, and written.
+    Of a job: weights lie beside the file `weights`, which a model that was changed for plugins does not. `module` is
+    that of the library, whose two flavours have the same interface. `capabilities` are those of the GPUs that
+    TensorRT-RTX builds for (86 is 8.6); without them it is the GPU at hand. `tf32`: whether products of float32 may be
+    rounded to TF32. `timing_cache`: a file, read if it is there and fits, and written.
     """
     trt = importlib.import_module(job["module"])
     log, notes = make_log(trt), []
+    plugins = job.get("plugins") or {"libraries": [], "python": False, "embed": False, "in_place": False}
+    for library in plugins["libraries"]:
+        trt.get_plugin_registry().load_library(library)
+    if plugins["python"]:
+        from matexport_plugins.tensorrt_plugins import register
+
+        register(trt)
     builder = trt.Builder(log)
     # the default since 11; before, the types in the model would be suggestions
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     engine, inputs, outputs = None, {}, {}
-    if parser.parse_from_file(job["model"]):
+    if parser.parse(Path(job["model"]).read_bytes(), job.get("weights", job["model"])):
         inputs = {tensor.name: describe(tensor) for tensor in map(network.get_input, range(network.num_inputs))}
         outputs = {tensor.name: describe(tensor) for tensor in map(network.get_output, range(network.num_outputs))}
         config = configure(trt, builder, job)
+        if plugins["in_place"]:
+            config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        if plugins["embed"]:
+            config.plugins_to_serialize = plugins["libraries"]
         if job.get("timing_cache"):
             notes += read_timing_cache(config, Path(job["timing_cache"]))
             log.messages.clear()  # what TensorRT says of a cache that does not fit is no reason for a failure
@@ -34,7 +49,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         if engine is not None and job.get("timing_cache"):
             write_timing_cache(config, Path(job["timing_cache"]))
     else:
-        log.messages += [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        log.messages[:0] = [f"{e.node_operator()} {e.node_name()}: {e.desc()}".lstrip(" :") for e in errors]
     if engine is not None:
         Path(job["engine"]).write_bytes(bytes(engine))
     return {

@@ -58,11 +58,12 @@ class Source:
         }
 
 
-def open_source(onnx: Path, target: Target, shapes: Mapping[str, Profile]) -> Source:
+def open_source(onnx: Path, target: Target, shapes: Mapping[str, Profile], plugin: str = "none") -> Source:
     """Reads and checks an ONNX folder.
 
     Args:
         shapes: of some inputs, instead of the default ones; see `matexport.tensorrt.profiles`.
+        plugin: what has the ops: with `cuda` and `triton` the folder is of form `custom`.
 
     Raises:
         InputError: not an ONNX folder of ours, or shapes that do not fit it.
@@ -72,9 +73,13 @@ def open_source(onnx: Path, target: Target, shapes: Mapping[str, Profile]) -> So
     if manifest["kind"] != "onnx":
         fix = "export it first: matexport onnx"
         raise InputError(f"is of kind {manifest['kind']!r}, not ONNX", where=str(onnx), fix=fix)
-    if manifest.get("form") not in target.forms:
-        fix = "export it with: matexport onnx --target portable"
-        raise InputError(f"form {manifest.get('form')!r} is not for TensorRT", where=str(onnx), fix=fix)
+    form = manifest.get("form")
+    if form != (target.form if plugin == "none" else "custom"):
+        fix = f"export it with: matexport onnx --target {'portable' if plugin == 'none' else 'cpu'}"
+        if form == "custom":
+            fix += "; or build it with --plugin cuda or --plugin triton"
+        using = "TensorRT without plugins" if plugin == "none" else f"plugin {plugin!r}"
+        raise InputError(f"form {form!r} is not for {using}", where=str(onnx), fix=fix)
     for name, problem in file_problems(onnx, manifest).items():
         if problem:
             raise MismatchError(f"{name!r} {problem}", where=str(onnx), fix="export it again")

@@ -13,7 +13,8 @@ import triton
 
 from matexport_plugins.aot import Launch
 from matexport_plugins.mamba2_scan.triton_kernels import scan_kernel, step_kernel, sums_kernel
-from matexport_plugins.mamba2_scan.triton_op import Tiles, candidates, head_tile
+from matexport_plugins.mamba2_scan.triton_op import MAX_N
+from matexport_plugins.mamba2_scan.triton_tiles import Tiles, candidates, head_tile
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -30,7 +31,12 @@ def launches(
         step: length 1, rather than any length.
         state, mask, z: whether these inputs are there.
         capability: of the GPU that the tiles are chosen for, where `tiles` does not say.
+
+    Raises:
+        NotImplementedError: N > 256.
     """
+    if N > MAX_N:
+        raise NotImplementedError(f"the Triton kernels hold states of N <= {MAX_N}, not {N}")
     row = f"*{TYPES[dtype]}"
     types = {
         "x_ptr": row, "dt_ptr": row, "A_ptr": "*fp32", "B_ptr": row, "C_ptr": row, "D_ptr": "*fp32",
@@ -42,17 +48,20 @@ def launches(
     sizes = {"HEADS": heads, "GROUPS": groups, "P": P, "N": N, "NT": NT}
     limits = {"dt_min": float(dt_limit[0]), "dt_max": float(dt_limit[1])}
 
+    width = heads * P
+    outputs = {"y_ptr": ("batch", "length", str(width)), "final_ptr": ("batch", str(heads), str(N), str(P))}
+
     def arguments(names: str) -> dict[str, str]:
         return {name: types.get(name, "i32") for name in names.split() if name not in absent}
 
     if step:
         PT = head_tile(P, N)
-        strides = {"x_row": heads * P, "dt_row": heads, "B_row": groups * N, "C_row": groups * N, "z_row": heads * P}
+        strides = {"x_row": width, "dt_row": heads, "B_row": groups * N, "C_row": groups * N, "z_row": width}
         passed = arguments("x_ptr dt_ptr A_ptr B_ptr C_ptr D_ptr bias_ptr state_ptr mask_ptr z_ptr y_ptr final_ptr")
         constants = {**dict.fromkeys(absent), **strides, **limits, **sizes, "PT": PT}
         grid = (str(triton.cdiv(P, PT)), str(heads), "batch")
-        return [Launch(step_kernel, passed, constants, {}, grid, warps=4 if NT * PT >= 2048 else 1)]
-    tiles = tiles or candidates(P, N, heads // groups, dtype, capability)[0]
+        return [Launch(step_kernel, passed, constants, {}, grid, outputs, warps=4 if NT * PT >= 2048 else 1)]
+    tiles = tiles or candidates(P, N, heads // groups, dtype == torch.float32, capability)[0]
     Q, parts = tiles.Q, 3 if dtype == torch.float32 else 2
     HT = min(16, triton.next_power_of_2(heads))
     chunks = f"((length + {Q - 1}) // {Q})"
@@ -63,8 +72,9 @@ def launches(
          "Q": Q, "HT": HT},
         {"length": "length"},
         (chunks, str(triton.cdiv(heads, HT)), "batch"),
+        {"sums_ptr": (str(parts), "batch", str(heads), f"{chunks} * {Q}")},
     )  # fmt: skip
-    strides = {"X_ROW": heads * P, "B_ROW": groups * N, "C_ROW": groups * N, "Z_ROW": heads * P}
+    strides = {"X_ROW": width, "B_ROW": groups * N, "C_ROW": groups * N, "Z_ROW": width}
     packs = groups * triton.cdiv(heads // groups, tiles.heads) * triton.cdiv(P, tiles.p)
     scan = Launch(
         scan_kernel,
@@ -73,6 +83,7 @@ def launches(
          "Q": Q, "HB": tiles.heads, "PT": tiles.p},
         {"length": "length", "padded": f"{chunks} * {Q}", "segment": f"{chunks} * {Q}"},
         (str(packs), "1", "batch"),
+        outputs,
         warps=tiles.warps, stages=tiles.stages,
     )  # fmt: skip
     return [sums, scan]

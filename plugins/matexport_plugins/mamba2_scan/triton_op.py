@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,29 +12,19 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from matexport_plugins.mamba2_scan.triton_kernels import scan_kernel, step_kernel, sums_kernel
+from matexport_plugins.mamba2_scan.triton_tiles import MAX_SEGMENTS, Tiles, candidates, step_tile, useful_segments
 
 INTERPRETED = not isinstance(scan_kernel, triton.JITFunction)
 MAX_N = 256
-MAX_SEGMENTS = 16
 _tuned: dict[tuple[Any, ...], Tiles] = {}
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """What one program takes: `Q` steps at a time of `heads` heads, `p` columns each; `warps` and pipeline `stages`."""
-
-    Q: int
-    heads: int
-    p: int
-    warps: int
-    stages: int
 
 
 def mamba2_scan(
     x: torch.Tensor, dt_raw: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor,
     dt_bias: torch.Tensor, state: torch.Tensor | None = None, mask: torch.Tensor | None = None,
     z: torch.Tensor | None = None, *, groups: int = 1, dt_limit: tuple[float, float] = (0.0, math.inf),
-    out_state: torch.Tensor | None = None, tiles: Tiles | None = None, segments: int | None = None,
+    out: torch.Tensor | None = None, out_state: torch.Tensor | None = None, tiles: Tiles | None = None,
+    segments: int | None = None, workspace: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Shapes and equations as in README.md. No gradients.
 
@@ -43,8 +32,11 @@ def mamba2_scan(
         x, B, C, z: float32, float16 or bfloat16, all alike; dt_raw, A, D, dt_bias: any of these types. Batch and step
             strides of x, dt_raw, B, C and z are free as long as they agree: parts of a wider tensor need no copy.
         state: float32. mask: bool.
-        out_state: where the final state goes; for one step it may be `state` itself.
+        out: where y goes. out_state: where the final state goes; for one step it may be `state` itself.
         tiles, segments: how the work is cut, for more than one step; by a rule, or as `tune` found, where None.
+        workspace: memory for what is between the launches, float32, instead of new tensors; as many elements as
+            `triton_tiles.workspace_size` says suffice. With less of it a sequence is cut into fewer segments, unless
+            `segments` says how many.
 
     Returns:
         y (batch, length, heads * P) in x's type, zero where the mask is, and the final state (batch, heads, N, P),
@@ -52,14 +44,17 @@ def mamba2_scan(
         everything else is float32.
 
     Raises:
-        ValueError: shapes, types or devices are not as above.
+        ValueError: shapes, types or devices are not as above, or the workspace is too small.
         NotImplementedError: N > 256, or bfloat16 in Triton's interpreter, which computes it wrongly without a word.
     """
     batch, length, width, heads, P, N = check(x, dt_raw, A, B, C, D, dt_bias, state, mask, z, groups=groups)
-    y = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
+    y = torch.empty((batch, length, width), dtype=x.dtype, device=x.device) if out is None else out
     final = torch.empty((batch, heads, N, P), device=x.device) if out_state is None else out_state
-    if final.shape != (batch, heads, N, P) or final.dtype != torch.float32 or not final.is_contiguous():
-        raise ValueError(f"out_state: expected contiguous float32 {(batch, heads, N, P)}")
+    for name, value, shape, dtype in (
+        ("out", y, (batch, length, width), x.dtype), ("out_state", final, (batch, heads, N, P), torch.float32)
+    ):  # fmt: skip
+        if value.shape != shape or value.dtype != dtype or not value.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous {dtype} {shape}")
     if out_state is not None and state is not None and length > 1 and out_state.data_ptr() == state.data_ptr():
         raise ValueError("out_state may be state itself for a length of 1 only")
     (x, x_row), (dt_raw, dt_row), (B, B_row), (C, C_row) = (rows(v) for v in (x, dt_raw, B, C))
@@ -81,7 +76,8 @@ def mamba2_scan(
             tiles = _tuned.get(key) or choose(batch, length, heads, groups, P, N, x.dtype, x.device)
         Q = tiles.Q
         chunks, parts = triton.cdiv(length, Q), 3 if x.dtype == torch.float32 else 2
-        sums = torch.empty((parts, batch, heads, chunks * Q), device=x.device)
+        scratch = Scratch(x.device, workspace)
+        sums = scratch.take(parts, batch, heads, chunks * Q)
         HT = min(16, triton.next_power_of_2(heads))
         sums_kernel[(chunks, triton.cdiv(heads, HT), batch)](
             dt_raw, A, dt_bias, mask, length, dt_row, *dt_limit, sums, HEADS=heads, PARTS=parts, Q=Q, HT=HT
@@ -89,6 +85,7 @@ def mamba2_scan(
         programs = groups * triton.cdiv(heads // groups, tiles.heads) * triton.cdiv(P, tiles.p)
         if segments is None:
             segments = useful_segments(programs * batch, length, processors(x.device))
+            segments = min(segments, 1 + scratch.left // (batch * heads * (N * P + 1)))
         segment = triton.cdiv(chunks, segments) * Q
         segments = triton.cdiv(length, segment)
         options = {
@@ -97,8 +94,7 @@ def mamba2_scan(
         }  # fmt: skip
         local = decay = None
         if segments > 1:
-            local = torch.empty((batch, segments - 1, heads, N, P), device=x.device)
-            decay = torch.empty((batch, segments - 1, heads), device=x.device)
+            local, decay = scratch.take(batch, segments - 1, heads, N, P), scratch.take(batch, segments - 1, heads)
             scan_kernel[(programs, segments - 1, batch)](
                 x, sums, B, None, D, None, mask, None, length, chunks * Q, segment, None, None, local, decay,
                 STATES_ONLY=True, **options,
@@ -108,6 +104,28 @@ def mamba2_scan(
             STATES_ONLY=False, **options,
         )  # fmt: skip
     return y, final
+
+
+class Scratch:
+    """Memory for tensors between launches: parts of one float32 tensor, or new ones where there is none."""
+
+    def __init__(self, device: torch.device, memory: torch.Tensor | None) -> None:
+        self.device, self.memory = device, memory
+
+    @property
+    def left(self) -> int:
+        """How many elements can still be taken."""
+        return 1 << 60 if self.memory is None else self.memory.numel()
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """A tensor with any content. Raises ValueError where the memory does not suffice."""
+        if self.memory is None:
+            return torch.empty(shape, device=self.device)
+        size = math.prod(shape)
+        if size > self.left:
+            raise ValueError(f"workspace: {self.left} elements are left where {size} are needed")
+        taken, self.memory = self.memory[:size], self.memory[size:]
+        return taken.view(shape)
 
 
 def check(
@@ -171,53 +189,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def step_tile(heads: int, P: int, processors: int) -> int:
-    """Columns of a program of the step kernel: few where there would be too few programs, never below 64 bytes."""
-    PT = min(64, max(16, triton.next_power_of_2(P)))
-    while PT > 16 and heads * triton.cdiv(P, PT) < 2 * processors:
-        PT //= 2
-    return int(PT)
-
-
-def head_tile(P: int, N: int) -> int:
-    """Columns of a head that a program takes: the most that pad little."""
-    fit = [PT for PT in (64, 32, 16) if PT * N <= 64 * 128] or [16]
-    padded = {PT: triton.cdiv(P, PT) * PT for PT in fit}
-    return next(PT for PT in fit if 3 * padded[PT] <= 4 * min(padded.values()))
-
-
-def useful_segments(programs: int, length: int, processors: int) -> int:
-    """A segment costs a second pass over x and B: worth it only where most of the GPU would idle otherwise."""
-    if 2 * programs > processors:
-        return 1
-    return max(1, min(MAX_SEGMENTS, length // 256, 2 * processors // programs))
-
-
-def candidates(P: int, N: int, share: int, dtype: torch.dtype, capability: int) -> list[Tiles]:
-    """The tiles worth measuring, the likeliest first; `share` is the number of heads in a group."""
-    p = head_tile(P, N)
-    columns = max(p, 64 if N <= 128 else 32)
-    if dtype == torch.float32:
-        shapes = [(columns // 2, 16, 4, 2), (columns // 4, 16, 4, 2), (columns, 16, 8, 2)]
-    else:
-        shapes = [
-            (columns, 64, 4, 2), (columns, 64, 4, 3), (columns, 64, 8, 2), (2 * columns, 64, 8, 2),
-            (columns, 128, 8, 2), (columns, 32, 4, 3), (columns // 2, 64, 4, 2),
-        ]  # fmt: skip
-        if capability // 10 not in (9, 10):  # without Hopper's products from shared memory, registers are short
-            shapes.insert(0, (columns, 64, 8, 2))
-    found = [
-        Tiles(Q, min(max(1, c // p), triton.next_power_of_2(share)), min(p, max(16, c)), warps, stages)
-        for c, Q, warps, stages in shapes
-    ]
-    return list(dict.fromkeys(found))
-
-
 def choose(
     batch: int, length: int, heads: int, groups: int, P: int, N: int, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
     """By a rule: the likeliest tiles, with fewer heads to a program where the GPU would not be filled otherwise."""
-    first = candidates(P, N, heads // groups, dtype, capability(device))[0]
+    first = candidates(P, N, heads // groups, dtype == torch.float32, capability(device))[0]
     packed = first.heads
     tiles = triton.cdiv(P, first.p) * batch * groups * max(1, min(MAX_SEGMENTS, length // 256))
     while packed > 1 and tiles * triton.cdiv(heads // groups, packed) < processors(device):
@@ -241,7 +217,9 @@ def tune(x: torch.Tensor, dt_raw: torch.Tensor, A: torch.Tensor, B: torch.Tensor
     P, N = width // heads, B.shape[2] // groups
     seconds: dict[Tiles, float] = {}
     rule = choose(batch, length, heads, groups, P, N, x.dtype, x.device)
-    for tiles in dict.fromkeys([rule, *candidates(P, N, heads // groups, x.dtype, capability(x.device))]):
+    for tiles in dict.fromkeys(
+        [rule, *candidates(P, N, heads // groups, x.dtype == torch.float32, capability(x.device))]
+    ):
         run = functools.partial(mamba2_scan, x, dt_raw, A, B, *args, **options, tiles=tiles)
         with contextlib.suppress(OutOfResources):  # a GPU with less shared memory
             seconds[tiles] = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")

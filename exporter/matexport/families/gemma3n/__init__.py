@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from matexport.graph.builder import Graph
 
 COLUMN = FFN
-TOKENS = 37  # of the sample inputs: no multiple of anything
+OPSETS = (21, 23)
+TOKENS = 75  # of the sample inputs: after one of them, more than 64 steps
 
 __all__ = [
-    "COLUMN", "NAME", "OPTIONS", "build_graph", "card", "damage", "extra_files", "load_oracle", "load_slice",
-    "load_stock", "loaders", "packaged_table", "plan_slice", "recognises", "repair", "sample_inputs",
+    "COLUMN", "NAME", "OPSETS", "OPTIONS", "build_graph", "build_split", "card", "damage", "extra_files",
+    "load_oracle", "load_slice", "load_stock", "loaders", "packaged_table", "plan_slice", "recognises", "repair",
+    "sample_inputs",
 ]  # fmt: skip
 
 Forward = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -67,11 +69,25 @@ def damage(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def build_graph(
-    plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32"
+    plan: Plan,
+    form: str,
+    *,
+    elastic: bool = False,
+    quantize: str | None = None,
+    dtype: str = "F32",
+    opset: int = OPSETS[0],
 ) -> Graph:
     from matexport.families.gemma3n.graph import decoder_graph
 
-    return decoder_graph(plan, elastic=elastic, quantize=quantize, dtype=dtype)
+    return decoder_graph(plan, form, elastic=elastic, quantize=quantize, dtype=dtype, opset=opset)
+
+
+def build_split(
+    plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = OPSETS[0]
+) -> dict[str, Graph]:
+    from matexport.families.gemma3n.graph import split_graphs
+
+    return split_graphs(plan, form, quantize=quantize, dtype=dtype, opset=opset)
 
 
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

@@ -17,10 +17,12 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 35, "num_kv_shared_layers": 15, "hidden_size": 2048, "hidden_size_per_layer_input": 256,
     "intermediate_size": 16384, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256,
-    "vocab_size": 262_400, "vocab_size_per_layer_input": 262_144, "altup_num_inputs": 4, "laurel_rank": 64,
+    "vocab_size": 262_400, "vocab_size_per_layer_input": 262_144, "altup_num_inputs": 4, "altup_active_idx": 0,
+    "laurel_rank": 64,
     "sliding_window": 512, "tie_word_embeddings": True, "attention_bias": False,
 }  # fmt: skip
 MAX_LAYERS = 10_000
+MAY_BE_ZERO = ("num_kv_shared_layers", "altup_active_idx")
 CODE = "auto_map"  # where a config.json names code that nobody has read: it does not travel
 SPARSE = 10  # layers that are sparse where the config does not say which, if there are more than that
 
@@ -34,6 +36,7 @@ class TextConfig:
         per_layer: width of the per-layer inputs.
         widths: FFN widths.
         sparsity: share of the FFN's activations that is cut to zero.
+        active: which of the AltUp inputs computes.
     """
 
     layers: int
@@ -49,6 +52,7 @@ class TextConfig:
     vocab: int
     per_layer_vocab: int
     altup: int
+    active: int
     laurel: int
 
     @property
@@ -94,6 +98,9 @@ def read_config(config: Mapping[str, Any], where: str) -> TextConfig:
     if not 0 <= shared < layers:
         what = f"num_kv_shared_layers is {shared} of {layers} layers"
         raise CheckpointError(what, where=where, fix="at least one layer must have keys and values of its own")
+    if sizes["altup_active_idx"] >= sizes["altup_num_inputs"]:
+        what = f"altup_active_idx is {sizes['altup_active_idx']} of {sizes['altup_num_inputs']} inputs"
+        raise CheckpointError(what, where=where, fix="it must be one of them")
     widths, types = _widths(text, layers, where), layer_types(text, layers)
     sparsity = sparsity_of(text, layers)
     if len(types) != layers or len(sparsity) != layers:
@@ -107,13 +114,14 @@ def read_config(config: Mapping[str, Any], where: str) -> TextConfig:
     return TextConfig(
         layers, shared, sizes["hidden_size"], sizes["hidden_size_per_layer_input"], widths, types, sparsity,
         sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["head_dim"], sizes["vocab_size"],
-        sizes["vocab_size_per_layer_input"], sizes["altup_num_inputs"], sizes["laurel_rank"],
+        sizes["vocab_size_per_layer_input"], sizes["altup_num_inputs"], sizes["altup_active_idx"],
+        sizes["laurel_rank"],
     )  # fmt: skip
 
 
 def _count(text: Mapping[str, Any], key: str, where: str) -> int:
     value = text.get(key, DEFAULTS[key])
-    if type(value) is not int or not 0 <= value < 2**31 or (value == 0 and key != "num_kv_shared_layers"):
+    if type(value) is not int or not 0 <= value < 2**31 or (value == 0 and key not in MAY_BE_ZERO):
         raise CheckpointError(f"{key} is {value!r:.40}", where=where, fix="it must be a positive number")
     return value
 

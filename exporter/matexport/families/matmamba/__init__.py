@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 NAME = "matmamba"
 COLUMN = MAMBA
 OPTIONS: Mapping[str, Callable[[Plan], Plan]] = {}
+OPSETS = (21,)
 TOKENS = 37  # of the sample inputs: no multiple of anything
 
 __all__ = [
-    "COLUMN", "NAME", "OPTIONS", "build_graph", "card", "damage", "extra_files", "load_oracle", "load_slice",
-    "load_stock", "loaders", "packaged_table", "plan_slice", "recognises", "repair", "sample_inputs",
+    "COLUMN", "NAME", "OPSETS", "OPTIONS", "build_graph", "build_split", "card", "damage", "extra_files",
+    "load_oracle", "load_slice", "load_stock", "loaders", "packaged_table", "plan_slice", "recognises", "repair",
+    "sample_inputs",
 ]  # fmt: skip
 
 Forward = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -65,12 +67,24 @@ def repair(checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
 
 
 def build_graph(
-    plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32"
+    plan: Plan,
+    form: str,
+    *,
+    elastic: bool = False,
+    quantize: str | None = None,
+    dtype: str = "F32",
+    opset: int = OPSETS[0],
 ) -> Graph:
     from matexport.families.matmamba.graph import language_graph, vision_graph
 
     build = vision_graph if plan.config["model_type"] == "matmamba_vision" else language_graph
     return build(plan, form, elastic=elastic, quantize=quantize, dtype=dtype)
+
+
+def build_split(
+    plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = OPSETS[0]
+) -> dict[str, Graph]:
+    return {}
 
 
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

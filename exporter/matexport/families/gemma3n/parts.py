@@ -1,0 +1,126 @@
+"""What all parts of Gemma 3n's graph are made of: its weights by their names, products with them, norms.
+
+Sizes: b batch, T new tokens, S all tokens so far, N = b T, h hidden, p per-layer width, n layers, a AltUp inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from matexport.families.gemma3n.config import read_config, text_of
+from matexport.families.gemma3n.layout import EMBEDDING, HEAD, INNER, PER_LAYER_PROJECTION, PER_LAYER_TABLE, TEXT
+from matexport.graph import quantized
+from matexport.graph.builder import DTYPES, OPSET, Graph
+from matexport.graph.encoding import BLOCK
+from matexport.planning import Plan, PlannedTensor, View
+
+FUSED = 23  # the opset from which on ai.onnx has a node each for RMSNorm, rotary embedding and attention
+
+
+class Parts:
+    """A graph that is being written down, and the plan that it is of.
+
+    Args:
+        form: "stock" has ai.onnx operators alone; the others take ONNX Runtime's own where that saves nodes.
+        opset: from 23 on, ai.onnx has what saves most of them.
+        elastic: every weight of a narrower slice is a range of the bytes of the wider one's. A slice that skips layers
+            has the per-layer tensors of all.
+
+    Attributes:
+        stored: how many layers the per-layer tensors are of, and `used` which of these the plan has.
+    """
+
+    def __init__(
+        self, plan: Plan, form: str, *, opset: int = OPSET, elastic: bool = False, quantize: str | None = None,
+        dtype: str = "F32",
+    ):  # fmt: skip
+        self.g = Graph("gemma3n", dtype, opset)
+        self.g.quantize = quantize
+        self.config: Mapping[str, Any] = text_of(plan.config)
+        self.text = read_config(plan.config, "config.json")
+        self.tensors, self.elastic = plan.tensors, elastic
+        self.fused, self.contrib = opset >= FUSED, form != "stock" and opset < FUSED
+        self.prefix = INNER if INNER + EMBEDDING in plan.tensors else TEXT
+        self.epsilon = float(self.config.get("rms_norm_eps", 1e-6))
+        self.stored, self.used = self.text.layers, list(range(self.text.layers))
+        if elastic:
+            self._store_all_layers([layer.source for layer in plan.layers])
+
+    # -------------------------------------------------------------------------------------- weights
+    def _store_all_layers(self, used: list[int]) -> None:
+        """Takes the per-layer table and projection of the source as they are."""
+        shape = self.tensors[self.prefix + PER_LAYER_PROJECTION].view.view_shape
+        shapes = {PER_LAYER_PROJECTION: shape, PER_LAYER_TABLE: (self.text.per_layer_vocab, shape[0])}
+        for name, full in shapes.items():
+            tensor = self.tensors[self.prefix + name]
+            view = View(tensor.view.source, full, tuple(((0, n),) for n in full), full)
+            self.tensors = {**self.tensors, self.prefix + name: PlannedTensor(tensor.dtype, view)}
+        self.stored, self.used = shape[0] // self.text.per_layer, used
+
+    def weight(self, name: str) -> ir.Value:
+        return self.g.weight(self.prefix + name, self.tensors[self.prefix + name])
+
+    def linear(
+        self, x: ir.Value, name: str, *, factor: float = 1.0, bias: ir.Value | None = None, inner: bool = False
+    ) -> ir.Value:
+        """factor * x W^T + bias for x (N, k) and a weight (n, k); `inner`: one whose columns are nested."""
+        g, full = self.g, f"{self.prefix}{name}.weight"
+        tensor = self.tensors[full]
+        with g.scope(name.rpartition(".")[2]):
+            if g.quantize and min(tensor.shape) >= BLOCK:  # AltUp's matrices of a few rows are not worth it
+                y = quantized.linear(g, x, [(full, tensor)], g.quantize)[0]
+            elif inner and self.elastic:
+                y = g.op("MatMul", x, g.weight(full, tensor, transposed=True))
+            else:
+                scale: dict[str, Any] = {} if factor == 1 else {"alpha": factor}
+                return g.op("Gemm", x, g.weight(full, tensor), bias, transB=1, **scale)
+            y = y if factor == 1 else self.scaled(y, factor)
+            return y if bias is None else g.op("Add", y, bias)
+
+    def rows(self, ids: ir.Value, name: str) -> ir.Value:
+        """Rows of a table, which is never cast or copied whole."""
+        g, tensor = self.g, self.tensors[self.prefix + name]
+        if quantized.gathers(tensor, g.quantize):
+            assert g.quantize
+            return quantized.gather(g, ids, self.prefix + name, tensor, g.quantize)
+        return g.gather(self.prefix + name, tensor, ids)
+
+    def logits(self, x: ir.Value) -> ir.Value:
+        """x (N, h) times the head, or the embedding where that is the head too."""
+        g = self.g
+        name = HEAD if HEAD in self.tensors else self.prefix + EMBEDDING
+        if g.quantize and (name == HEAD or quantized.gathers(self.tensors[name], g.quantize)):
+            return quantized.linear(g, x, [(name, self.tensors[name])], g.quantize)[0]
+        return g.op("Gemm", x, g.weight(name, self.tensors[name]), transB=1)
+
+    # ------------------------------------------------------------------------------------ functions
+    def norm(self, x: ir.Value, name: str | None) -> ir.Value:
+        """RMSNorm over the last axis (Gemma3nRMSNorm), with a weight if there is one."""
+        g = self.g
+        with g.scope(name.rpartition(".")[2] if name else "v_norm"):
+            if self.fused or self.contrib:
+                ones = np.ones(self.text.head_dim)
+                weight = self.weight(f"{name}.weight") if name else g.constant(ones, g.dtype)
+                op = "RMSNormalization" if self.fused else "SimplifiedLayerNormalization"
+                return g.op(op, x, weight, axis=-1, epsilon=self.epsilon, stash_type=1)
+            # spelled as ONNX Runtime recognises it
+            mean = g.op("ReduceMean", g.op("Pow", x, g.constant(2.0, g.dtype)), g.constant([-1]), keepdims=1)
+            y = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.constant(self.epsilon, g.dtype))))
+            return y if name is None else g.op("Mul", y, self.weight(f"{name}.weight"))
+
+    def scaled(self, x: ir.Value, factor: float) -> ir.Value:
+        return self.g.op("Mul", x, self.g.constant(factor, self.g.dtype))
+
+    def magnitude(self, x: ir.Value, least: float | None = None) -> ir.Value:
+        """Root of the mean square over the last axis, whose mean square is at least `least`."""
+        g = self.g
+        mean = g.op("ReduceMean", g.op("Mul", x, x), g.constant([-1]), keepdims=1)
+        return g.op("Sqrt", mean if least is None else g.op("Max", mean, g.constant(least, g.dtype)))
+
+    def cast(self, x: ir.Value, dtype: str) -> ir.Value:
+        """x, which is float32, in another type."""
+        return x if dtype == "F32" else self.g.op("Cast", x, to=int(DTYPES[dtype]))

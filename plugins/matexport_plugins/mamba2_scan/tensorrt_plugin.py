@@ -1,0 +1,67 @@
+"""Mamba2Scan for `matexport_plugins.tensorrt_plugins`: inputs, types, shapes, and the call of its kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from matexport_plugins.mamba2_scan.triton_tiles import workspace_size
+
+if TYPE_CHECKING:
+    import torch
+
+LIKE_X = ("x", "dt_raw", "B", "C", "z", "y")
+REQUIRED = ("x", "dt_raw", "A", "B", "C", "D", "dt_bias")
+
+
+@dataclass(frozen=True)
+class Mamba2Scan:
+    """One node. See README.md for its attributes."""
+
+    groups: int = 1
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    name = "Mamba2Scan"
+    required = len(REQUIRED)
+
+    @classmethod
+    def defaults(cls) -> dict[str, np.ndarray]:
+        return cls().fields()
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, np.ndarray]) -> Mamba2Scan:
+        known = {**cls.defaults(), **fields}
+        groups, limit = known["groups"].ravel(), known["dt_limit"].ravel()
+        if groups.size != 1 or groups[0] < 1 or limit.size != 2 or not limit[0] <= limit[1]:
+            raise ValueError(f"Mamba2Scan: groups {groups.tolist()} and dt_limit {limit.tolist()} make no sense")
+        return cls(int(groups[0]), (float(limit[0]), float(limit[1])))
+
+    def fields(self) -> dict[str, np.ndarray]:
+        return {"groups": np.array([self.groups], np.int32), "dt_limit": np.array(self.dt_limit, np.float32)}
+
+    def names(self, types: Sequence[str], ranks: Sequence[int]) -> list[str]:
+        optional = ("mask" if t == "bool" else "z" if r == 3 else "state" for t, r in zip(types, ranks, strict=True))
+        return [*REQUIRED, *list(optional)[self.required :]]
+
+    def takes(self, name: str, kind: str, x: str) -> bool:
+        if name in LIKE_X:
+            return kind == x and kind in ("float32", "float16", "bfloat16")
+        return kind == ("bool" if name == "mask" else "float32")
+
+    def shapes(self, inputs: Sequence[Any], make: Any) -> list[list[Any]]:
+        x, heads, B = inputs[0], inputs[2][0], inputs[3]
+        return [[*x], [x[0], heads, make.divide(B[2], self.groups), make.divide(x[2], heads)]]
+
+    def workspace(self, shapes: Mapping[str, Sequence[int]], x: str) -> int:
+        (batch, length, width), [heads] = shapes["x"], shapes["A"]
+        P, N = width // heads, shapes["B"][2] // self.groups
+        return workspace_size(batch, length, heads, self.groups, P, N, x == "float32")
+
+    def run(self, tensors: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor], workspace: Any) -> None:
+        from matexport_plugins.mamba2_scan.triton_op import mamba2_scan
+
+        options = {"groups": self.groups, "dt_limit": self.dt_limit}
+        mamba2_scan(**tensors, **options, out=outputs[0], out_state=outputs[1], workspace=workspace)  # type: ignore[arg-type]
