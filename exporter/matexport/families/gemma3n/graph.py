@@ -82,12 +82,10 @@ class _Decoder:
                     stack, active = self._layer(i, stack, active, inputs[i])
             x = self._narrowed(stack)
         with g.scope("lm_head"):
-            logits = self.p.logits(x)
             cap = self.p.config.get("final_logit_softcapping", 30.0)
+            logits = self.p.logits(self.p.scaled(x, 1 / cap) if cap else x, self.attention.steps)
             if cap:
-                logits = self.p.scaled(g.op("Tanh", self.p.scaled(logits, 1 / cap)), cap)
-            shape = g.op("Concat", self.attention.steps, g.constant([text.vocab]), axis=0)
-            logits = g.op("Reshape", logits, shape)
+                logits = self.p.scaled(g.op("Tanh", logits), cap)
         g.output(logits, "logits", g.dtype, ["batch", "sequence", text.vocab])
         self.attention.declare_outputs()
 

@@ -89,13 +89,22 @@ class Parts:
             return quantized.gather(g, ids, self.prefix + name, tensor, g.quantize)
         return g.gather(self.prefix + name, tensor, ids)
 
-    def logits(self, x: ir.Value) -> ir.Value:
-        """x (N, h) times the head, or the embedding where that is the head too."""
-        g = self.g
+    def logits(self, x: ir.Value, steps: ir.Value) -> ir.Value:
+        """x (N, h) times the head, or the embedding where that is the head too: (*steps, vocabulary).
+
+        Where possible nothing of that size is reshaped: as an output of the graph it would be copied.
+        """
+        g, text = self.g, self.text
         name = HEAD if HEAD in self.tensors else self.prefix + EMBEDDING
-        if g.quantize and (name == HEAD or quantized.gathers(self.tensors[name], g.quantize)):
-            return quantized.linear(g, x, [(name, self.tensors[name])], g.quantize)[0]
-        return g.op("Gemm", x, g.weight(name, self.tensors[name]), transB=1)
+        tensor = self.tensors[name]
+        in_bits = bool(g.quantize) and (name == HEAD or quantized.gathers(tensor, g.quantize))
+        if not (in_bits or self.contrib):
+            y = g.op("Gemm", x, g.weight(name, tensor), transB=1)
+            return g.op("Reshape", y, g.op("Concat", steps, g.constant([text.vocab]), axis=0))
+        x = g.op("Reshape", x, g.op("Concat", steps, g.constant([text.hidden]), axis=0))
+        if in_bits:
+            return quantized.linear(g, x, [(name, tensor)], str(g.quantize))[0]
+        return g.op("FusedMatMul", x, g.weight(name, tensor), transB=1, domain=quantized.CONTRIB)
 
     # ------------------------------------------------------------------------------------ functions
     def norm(self, x: ir.Value, name: str | None) -> ir.Value:
