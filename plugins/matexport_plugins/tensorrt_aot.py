@@ -197,5 +197,6 @@ def launches_of(node: Any, known: dict[str, Any], *, capability: int = 90, step:
     heads = size("bias", 0)
     return scan(
         heads=heads, P=size("x", 2) // heads, N=size("B", 2) // groups, groups=groups, dtype=dtype, step=step,
-        z="z" in names, dt_limit=(low, high), capability=capability, state=state, mask=mask,
+        state=state, mask=mask, z="z" in names, final_state=len(node.output) > 1, dt_limit=(low, high),
+        capability=capability,
     )  # fmt: skip

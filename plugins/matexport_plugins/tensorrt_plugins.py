@@ -39,6 +39,10 @@ class Op(Protocol):
     name: str
     required: int
 
+    @property
+    def outputs(self) -> int:
+        """How many."""
+
     @classmethod
     def defaults(cls) -> dict[str, np.ndarray]:
         """The attributes and their values where a node has none; also their types."""
@@ -56,7 +60,7 @@ class Op(Protocol):
         """Whether an input or output may have this type where x has that one."""
 
     def shapes(self, inputs: Sequence[Any], make: Any) -> list[list[Any]]:
-        """Of both outputs; `make` computes with sizes, `make.divide(a, b)` and `make.subtract(a, b)`."""
+        """Of the outputs; `make` computes with sizes, `make.divide(a, b)` and `make.subtract(a, b)`."""
 
     def workspace(self, shapes: Mapping[str, Shape], x: str) -> int:
         """Elements of float32 for inputs of these shapes; it grows with batch and length."""
@@ -116,8 +120,9 @@ def plugin_class(trt: Any) -> Any:
         def __init__(self, op: Op) -> None:
             for base in Plugin.__bases__:
                 base.__init__(self)
-            self.op, self.num_outputs = op, 2
+            self.op, self.num_outputs = op, op.outputs
             self.plugin_name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
+            self.saved = Fields(trt, op.fields())
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
@@ -129,10 +134,10 @@ def plugin_class(trt: Any) -> Any:
             return self.clone()
 
         def get_fields_to_serialize(self) -> Any:
-            return collection(trt, self.op.fields())
+            return self.saved.collection
 
         def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
-            return [types[0], trt.DataType.FLOAT]
+            return [types[0], trt.DataType.FLOAT][: self.op.outputs]
 
         def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
             if len(inputs) < self.op.required:
@@ -177,7 +182,8 @@ def creator_class(trt: Any) -> Any:
             trt.IPluginCreatorV3One.__init__(self)
             self.op, self.plugin = op, plugin
             self.name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
-            self.field_names = collection(trt, {k: v[:0] for k, v in op.defaults().items()})
+            self.known = Fields(trt, {k: v[:0] for k, v in op.defaults().items()})
+            self.field_names = self.known.collection
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             given = {field.name: np.asarray(field.data) for field in fields}
@@ -186,10 +192,14 @@ def creator_class(trt: Any) -> Any:
     return Creator
 
 
-def collection(trt: Any, fields: Mapping[str, np.ndarray]) -> Any:
-    """A PluginFieldCollection of numbers."""
-    kinds = {"int32": trt.PluginFieldType.INT32, "float32": trt.PluginFieldType.FLOAT32}
-    return trt.PluginFieldCollection([trt.PluginField(k, v, kinds[v.dtype.name]) for k, v in fields.items()])
+class Fields:
+    """A PluginFieldCollection of numbers, and what it points to: TensorRT keeps none of it alive."""
+
+    def __init__(self, trt: Any, numbers: Mapping[str, np.ndarray]) -> None:
+        kinds = {"int32": trt.PluginFieldType.INT32, "float32": trt.PluginFieldType.FLOAT32}
+        self.numbers = dict(numbers)
+        self.fields = [trt.PluginField(k, v, kinds[v.dtype.name]) for k, v in self.numbers.items()]
+        self.collection = trt.PluginFieldCollection(self.fields)
 
 
 def described(descs: Sequence[Any]) -> tuple[list[str], list[int], list[tuple[int, ...]]]:

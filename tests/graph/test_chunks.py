@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from matexport.graph import chunks, mamba2, stateful
-from matexport.graph.builder import IR_VERSION, OPSET, Graph
+from matexport.graph.builder import IR_VERSIONS, OPSET, Graph
 from matexport_plugins.mamba2_scan.reference import mamba2_scan
 
 Arrays = dict[str, np.ndarray]
@@ -132,7 +132,7 @@ def test_the_sums_that_a_length_can_make_are_exact() -> None:
 def test_the_model_is_one_that_old_runtimes_load(length: int | None) -> None:
     model = onnx.load_from_string(scan_model(length, 4, 1, 2, 3, -np.ones(4)))
     onnx.checker.check_model(model, full_check=True)
-    assert (model.ir_version, model.opset_import[0].version) == (IR_VERSION, OPSET) == (10, 21)
+    assert (model.ir_version, model.opset_import[0].version) == (IR_VERSIONS[OPSET], OPSET) == (10, 21)
     assert {node.domain for node in model.graph.node} == {""}
     assert not {"Scan", "Loop", "If"} & {node.op_type for node in model.graph.node}
     names = [node.name for node in model.graph.node]

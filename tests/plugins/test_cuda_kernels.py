@@ -242,7 +242,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_nvcc
 @pytest.mark.parametrize("target", [80, 86, 87, 89, 90, 100, 120])
 def test_registers_suffice_on_every_target(ptx: Path, target: int, tmp_path: Path) -> None:
-    """No spills; two blocks of the chunked kernel and eight of the others fit a processor's 65536 registers."""
+    """No spills; two blocks of the chunked kernel, seven of a step, eight of others fit 65536 registers."""
     ptxas = shutil.which("ptxas", path=f"{Path(shutil.which('nvcc') or '').resolve().parent}") or shutil.which("ptxas")
     command = [str(ptxas), f"-arch=sm_{target}", "-v", str(ptx), "-o", str(tmp_path / "kernels.cubin")]
     log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
@@ -250,4 +250,40 @@ def test_registers_suffice_on_every_target(ptx: Path, target: int, tmp_path: Pat
     assert len(kernels) == 27
     for name, spilled, registers in kernels:
         assert int(spilled) == 0, name
-        assert int(registers) * 128 * (2 if "scan_chunks" in name else 8) <= 65536, (name, registers)
+        blocks = 2 if "scan_chunks" in name else 7 if "scan_steps" in name else 8
+        assert int(registers) * 128 * blocks <= 65536, (name, registers)
+
+
+@needs_nvcc
+def test_a_step_has_many_loads_in_flight(ptx: Path) -> None:
+    """Bound by bandwidth, it must not wait for one row of the state before it reads the next."""
+    kernels = [
+        text for text in ptx.read_text().split(".visible .entry ")[1:] if re.match(r"\w*scan_steps\w*Li4E", text)
+    ]
+    assert len(kernels) == 3
+    for text in kernels:
+        assert re.findall(r"(ld|st)\.global\.v4", text) == ["ld"] * 4 + ["st"] * 4
+
+
+@needs_nvcc
+def test_chunks_are_written_in_pairs(ptx: Path) -> None:
+    """Two channels of y, and of the state, in one store wherever a row begins at an even element."""
+    kernels = re.findall(r"entry (\w*scan_chunks\w*Lb0E\w*)\((.*?)(?=\.visible|\Z)", ptx.read_text(), re.S)
+    assert len(kernels) == 3
+    for name, text in kernels:
+        assert re.search(r"st\.global\.v2\.f32" if "If" in name else r"st\.global\.(v2\.u16|u32|v2\.b16|b32)", text), (
+            name
+        )
+
+
+@needs_compiler
+@pytest.mark.parametrize(("heads", "P"), [(2, 80), (2, 68), (3, 64), (128, 64), (1, 130), (128, 7), (1, 32)])
+def test_a_step_is_divided_among_blocks(heads: int, P: int) -> None:
+    """Few heads give few blocks, so they are divided; many are not."""
+    inputs = tensors(scan_inputs(5, batch=2, length=1, heads=heads, P=P, N=11, groups=1), torch.float32)
+    want, want_state = SCAN.reference(
+        **{k: v.double().numpy() if v.dtype != torch.bool else v for k, v in inputs.items()}
+    )
+    y, state = run(kernels_on_cpu(), "Mamba2Scan", inputs)
+    assert error(y.numpy(), want) < 1e-5
+    assert error(state.numpy(), want_state) < 1e-5

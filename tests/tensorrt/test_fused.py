@@ -174,7 +174,10 @@ def test_the_fused_model_computes_the_same(small: Path, tmp_path: Path) -> None:
         nodes = [[n.op_type for n in m.graph.node] for m in (original, fused)]
         if model is DIGITS:
             assert nodes[0].count("Expand") > nodes[1].count("Expand")
-            assert all(len(n.input) in (3, 7) for n in fused.graph.node if n.domain)  # without states
+            ours = [n for n in fused.graph.node if n.domain]
+            assert {(n.op_type, len(n.input)) for n in ours} == {("CausalConv1d", 3), ("Mamba2Scan", 7)}  # no states
+            assert {len(n.output) for n in ours if n.op_type == "Mamba2Scan"} == {1}
+            assert all(a.i == 0 for n in ours for a in n.attribute if a.name == "final_state")
         options = onnxruntime.SessionOptions()
         options.register_custom_ops_library(str(library))
         inputs = {}

@@ -33,8 +33,8 @@ CASES = [
 def plugin_of(op: type[Any], **attributes: np.ndarray) -> Any:
     """As TensorRT makes one, by way of the creator."""
     creator = tensorrt_plugins.creator_class(trt)(op, tensorrt_plugins.plugin_class(trt))
-    fields = tensorrt_plugins.collection(trt, attributes)
-    return creator.create_plugin("node", fields, trt.TensorRTPhase.RUNTIME)
+    fields = tensorrt_plugins.Fields(trt, attributes)
+    return creator.create_plugin("node", fields.collection, trt.TensorRTPhase.RUNTIME)
 
 
 def describe(tensor: torch.Tensor) -> Any:
@@ -66,13 +66,14 @@ def run(op: str, inputs: Mapping[str, torch.Tensor], **attributes: Any) -> tuple
     else:
         shape = (x.shape[0], x.shape[2], inputs["weight"].shape[2] - 1)
     (y, around_y), (state, around_state) = guarded(tuple(x.shape), x.dtype), guarded(shape, torch.float32)
+    results = [y, state][: plugin.num_outputs]
     wanted = plugin.get_workspace_size([largest(v) for v in values], [])
     assert wanted % 4 == 0
     workspace, around = guarded((wanted // 4,), torch.float32)
     before = [v.clone() for v in values]
     plugin.clone().enqueue(
-        [describe(v) for v in values], [describe(y), describe(state)], [v.data_ptr() for v in values],
-        [y.data_ptr(), state.data_ptr()], workspace.data_ptr() if wanted else 0, 0,
+        [describe(v) for v in values], [describe(v) for v in results], [v.data_ptr() for v in values],
+        [v.data_ptr() for v in results], workspace.data_ptr() if wanted else 0, 0,
     )  # fmt: skip
     for memory in (around_y, around_state, around):
         assert memory[:64].isnan().all()
@@ -100,6 +101,15 @@ def test_enqueue_computes_the_op(op: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("op", "case"), [("scan", OPTIONS[5]), ("scan", MASKS[2]), ("conv", CONV_CASES[-2])])
 def test_enqueue_in_float16(op: str, case: dict[str, Any]) -> None:
     assert errors(op, case, torch.float16) < 3e-3
+
+
+@pytest.mark.parametrize("length", [1, 45, 520])
+def test_without_the_final_state(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_op, "processors", lambda device: 1000)
+    inputs = tensors(scan_inputs(**{**WIDE, "length": length, "optional": "state"}), torch.float32)
+    y, state = run("scan", inputs, final_state=np.array([0], np.int32))
+    assert error(y.double().numpy(), scan_reference(**float64(inputs))[0]) < 1e-5
+    assert state.isnan().all()  # nothing was written there
 
 
 @pytest.mark.parametrize("processors", [8, 1000])
@@ -159,9 +169,13 @@ def test_attributes_that_make_no_sense_are_refused() -> None:
             plugin_of(Mamba2Scan, **attributes)
     plugin = plugin_of(Mamba2Scan, groups=np.array([2], np.int32), dt_limit=np.array([0, 0.5], np.float32))
     fields = {field.name: np.asarray(field.data).tolist() for field in plugin.get_fields_to_serialize()}
-    assert fields == {"groups": [2], "dt_limit": [0, 0.5]}  # what it is made of again where the engine is loaded
+    assert fields == {
+        "groups": [2],
+        "final_state": [1],
+        "dt_limit": [0, 0.5],
+    }  # what it is made of again where the engine is loaded
     assert {f.name: f.data.tolist() for f in plugin_of(Mamba2Scan).get_fields_to_serialize()} == {
-        "groups": [1], "dt_limit": [0, math.inf]
+        "groups": [1], "final_state": [1], "dt_limit": [0, math.inf]
     }  # fmt: skip
 
 

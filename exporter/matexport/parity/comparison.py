@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from matexport.families import Arrays, Family
 from matexport.parity.quality import Quality
 
 # kind -> largest max|got - want| / max|want| that passes; 0 means equal bit for bit. Of quantised models: see
@@ -32,9 +34,18 @@ TOLERANCES = {
     "onnx int8-block": 8.0,
     "onnx int4-block": 1.0,  # inputs have 16 times as many levels as weights: 0.1 to 0.2
     "loss": math.inf,  # what fewer bits lose against the source: stated, and for the user to judge
+    "engine": 1e-4,  # another runtime, on a GPU, with approximations of its own; not measured yet
     "functions": 1e-5,  # another runtime without our kernels, where it could have them: the functions in the file
 }
+# an engine rounds what its ONNX file rounds
+TOLERANCES |= {kind.replace("onnx", "engine", 1): n for kind, n in TOLERANCES.items() if kind.startswith("onnx ")}
 NOISE = 4  # a result in fp32 may always be so many times as far from float64 as the source's own library in fp32 is
+
+
+def kind_of(runtime: str, manifest: Mapping[str, Any]) -> str:
+    """The kind of the outputs of an artefact that "onnx" or an "engine" computes, by what it computes in."""
+    coarse = manifest.get("quantize") or manifest.get("dtype", "float32")
+    return runtime if coarse == "float32" else f"{runtime} {coarse}"
 
 
 @dataclass(frozen=True)
@@ -128,3 +139,53 @@ def compare_stored(name: str, kind: str, got: np.ndarray, want: np.ndarray, trut
 def _log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max(-1, keepdims=True)
     return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
+
+
+def compare_outputs(kind: str, got: Arrays, want: Arrays, family: Family) -> list[Comparison]:
+    """Every output with the oracle's, and what was decoded step by step with what was computed at once."""
+    own = f"{kind} {family.NAME}"
+    kind = own if own in TOLERANCES else kind
+    outputs = [name for name in want if not name.startswith("whole.")]
+    found = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in outputs if name not in got]
+    found += [_compared(name, kind, got[name], name, want, family) for name in outputs if name in got]
+    lossy = kind.removesuffix(f" {family.NAME}").startswith(("onnx ", "engine"))  # all is compared with the oracle
+    for name in got:
+        step, _, output = name.partition(".")
+        if step.partition("@")[0] != "decode" or output not in want:
+            continue
+        if lossy:
+            found += [_compared(name, kind, got[name], output, want, family)] if name not in want else []
+            continue
+        if f"whole.{output}" in got:  # both in float64
+            found.append(compare(name, "decode", got[name], got[f"whole.{output}"]))
+            continue
+        own = f"decode {family.NAME}"
+        found.append(_compared(name, own if own in TOLERANCES else "decode", got[name], output, want, family))
+    return found
+
+
+def compare_quantised(kind: str, got: Arrays, want: Arrays, truth: Arrays) -> list[Comparison]:
+    """Every output of a quantised model, step by step too, with what its weights give and with the source's.
+
+    Args:
+        want, truth: see `compare_stored`.
+    """
+    found = []
+    for name in got:
+        step, _, output = name.partition(".")
+        same = name if name in want else output if step.startswith("decode@") else ""
+        if same in want:
+            found.append(compare_stored(name, kind, got[name], want[same], truth[same]))
+            found.append(compare(name, "loss", got[name], truth[same]))
+    return found or [Comparison("logits", kind, False, 0.0, detail="is not an output")]
+
+
+def _compared(name: str, kind: str, got: np.ndarray, output: str, want: Arrays, family: Family) -> Comparison:
+    """Compares what is computed in fp32 with an output of the oracle, in float64 where that is known."""
+    tolerance, exact = TOLERANCES[kind], want.get(f"whole.{output}")
+    if tolerance == 0:
+        return compare(name, kind, got, want[output])
+    if exact is None:
+        return compare(name, kind, got, want[output], max(tolerance, TOLERANCES.get(f"fp32 {family.NAME}", 0)))
+    noise = compare(name, kind, want[output], exact).max_rel or 0.0
+    return compare(name, kind, got, exact, max(tolerance, NOISE * noise))

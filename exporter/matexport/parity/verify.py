@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,19 @@ import numpy as np
 from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
-from matexport.families import Family, family_of, with_options
+from matexport.families import Family, Forward, family_of, with_options
 from matexport.families.rows import WHOLE
-from matexport.graph.builder import Graph, Weight
+from matexport.graph.builder import Graph
 from matexport.graph.encoding import METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
-from matexport.parity.comparison import NOISE, TOLERANCES, Comparison, compare, compare_stored
+from matexport.parity.comparison import Comparison, compare_outputs, compare_quantised, kind_of
+from matexport.parity.engines import check_engine, check_golden, fitting_inputs
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
 from matexport.parity.quality import quality
 from matexport.parity.report import Report
 from matexport.parity.stored import stored_source
 from matexport.planning import Plan, PlannedTensor, whole
+from matexport.runtimes.tensorrt import require_engine
 from matexport.slice_table import FFN, Row
 from matexport.targets import Target, target_named
 from matexport.tensors import FLOATS
@@ -57,29 +59,36 @@ def verify_artefact(
     manifest = _manifest(artefact, row)
     if manifest["kind"] == BUNDLE:
         return _verify_bundle(artefact, manifest, source, inputs, progress)
+    kind = manifest["kind"]
+    if kind not in CHECKS:
+        raise InputError(f"cannot verify an artefact of kind {kind!r}", where=str(artefact), fix="update matexport")
     record = _record(manifest, source, row)
     plan = family.plan_slice(source, row or _row_of(manifest, record, family, artefact), None)
     plan = with_options(plan, family, *_options_of(record, artefact))
     samples = family.sample_inputs(source.config, SAMPLES, SEED)
+    if manifest["kind"] == "engine":
+        require_engine(artefact, manifest)  # before the oracle is made
+        samples = fitting_inputs(samples, manifest, str(artefact))
     given, labels = inputs is not None, _labels(inputs or {}, samples)
     inputs = samples if inputs is None else _checked(inputs, samples)
     source.fetch(source.tensors)
     progress("the oracle")
-    want = family.load_oracle(source, plan.layers, plan.dtype)(inputs)
-    kind = manifest["kind"]
-    check = {"checkpoint": _check_checkpoint, "onnx": _check_onnx, "engine": _check_engine}.get(kind)
-    if check is None:
-        raise InputError(f"cannot verify an artefact of kind {kind!r}", where=str(artefact), fix="update matexport")
+    oracle = family.load_oracle(source, plan.layers, plan.dtype)
+    want = oracle(inputs)
     progress(f"the {kind}")
     files = prove_files(artefact, manifest) if manifest_path(artefact).is_file() else []
-    subject = Subject(artefact, manifest, record, source, family, plan, given, labels)
+    subject = Subject(artefact, manifest, record, source, family, plan, oracle, given, labels)
+    if kind == "engine" and not all(comparison.passed for comparison in files):
+        detail = "is not loaded: it is native code, and not what was built"
+        found = [Comparison(artefact.name, kind, False, 0.0, detail=detail)]
+        return Report(artefact.name, source.name, plan.name, (*found, *files), _described(given))
     try:
-        found = check(subject, inputs, want)
+        found = CHECKS[kind](subject, inputs, want)
     except InputError as e:
         if all(comparison.passed for comparison in files):
             raise
         found = [Comparison(artefact.name, kind, False, 0.0, detail=f"{Path(e.where).name} cannot be read: {e.what}")]
-    weights = _weight_bytes(subject) if manifest.get("quantize") in METHODS else None
+    weights = _weight_bytes(subject)
     return Report(artefact.name, source.name, plan.name, (*found, *files), _described(given), weights)
 
 
@@ -201,6 +210,7 @@ class Subject:
     source: Checkpoint
     family: Family
     plan: Plan
+    oracle: Forward
     given: bool
     labels: np.ndarray | None
 
@@ -219,11 +229,11 @@ def _check_checkpoint(subject: Subject, inputs: Outputs, want: Outputs) -> list[
     found = [*_prove(stored, plan.tensors, subject.source), *_check_config(subject, standalone)]
     if all(comparison.passed for comparison in found):  # else the model may not even load
         got = family.load_slice(standalone)(inputs)
-        found += _compare_outputs("checkpoint", got, want, family)
+        found += compare_outputs("checkpoint", got, want, family)
         stock = family.load_stock(standalone)
         if stock is not None:
             got = stock(inputs)
-            found += _compare_outputs("stock", got, {name: want[name] for name in want if name in got}, family)
+            found += compare_outputs("stock", got, {name: want[name] for name in want if name in got}, family)
     return found
 
 
@@ -242,52 +252,6 @@ def _check_config(subject: Subject, standalone: Checkpoint) -> list[Comparison]:
     return found or [Comparison("config.json", "config", True, 0.0)]
 
 
-def _compare_outputs(kind: str, got: Outputs, want: Outputs, family: Family) -> list[Comparison]:
-    """Every output with the oracle's, and what was decoded step by step with what was computed at once."""
-    own = f"{kind} {family.NAME}"
-    kind = own if own in TOLERANCES else kind
-    outputs = [name for name in want if not name.startswith("whole.")]
-    found = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in outputs if name not in got]
-    found += [_compared(name, kind, got[name], name, want, family) for name in outputs if name in got]
-    lossy = kind.removesuffix(f" {family.NAME}").startswith("onnx ")  # in fewer bits: all is compared with the oracle
-    for name in got:
-        step, _, output = name.partition(".")
-        if step.partition("@")[0] != "decode" or output not in want:
-            continue
-        if lossy:
-            found += [_compared(name, kind, got[name], output, want, family)] if name not in want else []
-            continue
-        if f"whole.{output}" in got:  # both in float64
-            found.append(compare(name, "decode", got[name], got[f"whole.{output}"]))
-            continue
-        own = f"decode {family.NAME}"
-        found.append(_compared(name, own if own in TOLERANCES else "decode", got[name], output, want, family))
-    return found
-
-
-def _compared(name: str, kind: str, got: np.ndarray, output: str, want: Outputs, family: Family) -> Comparison:
-    """Compares what is computed in fp32 with an output of the oracle, in float64 where that is known."""
-    tolerance, exact = TOLERANCES[kind], want.get(f"whole.{output}")
-    if tolerance == 0:
-        return compare(name, kind, got, want[output])
-    if exact is None:
-        return compare(name, kind, got, want[output], max(tolerance, TOLERANCES.get(f"fp32 {family.NAME}", 0)))
-    noise = compare(name, kind, want[output], exact).max_rel or 0.0
-    return compare(name, kind, got, exact, max(tolerance, NOISE * noise))
-
-
-def _compare_quantised(method: str, got: Outputs, want: Outputs, truth: Outputs) -> list[Comparison]:
-    """Every output, step by step too, with what the stored weights give, and with the source."""
-    kind, found = f"onnx {method}", []
-    for name in got:
-        step, _, output = name.partition(".")
-        same = name if name in want else output if step.startswith("decode@") else ""
-        if same in want:
-            found.append(compare_stored(name, kind, got[name], want[same], truth[same]))
-            found.append(compare(name, "loss", got[name], truth[same]))
-    return found
-
-
 def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
     from matexport.runtimes.ort import kernels, load_onnx, stored_weights
 
@@ -296,7 +260,6 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     target = target_named(str(subject.manifest.get("target")), "onnx", str(subject.manifest.get("form")))
     graphs = _planned_graphs(subject, target)
     quantize = subject.manifest.get("quantize")
-    dtype = subject.manifest.get("dtype", "float32")
     inner = artefact / target.folder
     files = [artefact] if artefact.is_file() else [inner / name for name in graphs]
     found = []
@@ -312,22 +275,22 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     # an elastic one has the channels of its convolution in another order; the loss of quantised ones is that of outputs
     left_out = "states." if quantize else "states.conv" if subject.manifest.get("elastic") else "no such name"
     want = {name: array for name, array in want.items() if left_out not in name}
-    typed, family = f"onnx {dtype}" if dtype != "float32" else "onnx", subject.family
-    with_functions = any(graph.functions for graph in graphs.values()) and target.form == "custom" and kernels()
+    family, kind = subject.family, kind_of("onnx", subject.manifest)
     if quantize:
-        encoded = [weight for graph in graphs.values() for weight in graph.weights.values()]
-        stored_want = _of_stored(subject, encoded, inputs)
-    for run, library in {"onnx": True, **({"functions": False} if with_functions else {})}.items():
-        kind = typed if typed != "onnx" else run
+        kind, oracle = kind_of("onnx", {**subject.manifest, "quantize": None}), _stored_oracle(subject)
+        assert oracle is not None
+        stored_want = {name: array for name, array in oracle(inputs).items() if name in want}
+    with_functions = any(graph.functions for graph in graphs.values()) and kernels() is not None
+    for library in (True, False) if with_functions and target.form == "custom" else (True,):
+        run = kind if library or kind != "onnx" else "functions"
         got = load_onnx(*files, library=library)(inputs)
         if quantize:  # right where inputs of products are not rounded, and if they are, by their rounding alone
-            stored_want = {name: stored_want[name] for name in want}
             if quantize != "int8":  # whose products are of integers
                 exact = load_onnx(*files, library=library, exact=True)(inputs)
-                found += _compare_outputs(kind, exact, stored_want, family)
-            found += _compare_quantised(quantize, got, stored_want, want)
+                found += compare_outputs(run, exact, stored_want, family)
+            found += compare_quantised(f"onnx {quantize}", got, stored_want, want)
         else:
-            found += _compare_outputs(kind, got, want, family)
+            found += compare_outputs(run, got, want, family)
         if library and subject.given and got.keys() & want.keys() >= {"logits"}:
             worth, stated = quality(inputs, subject.labels, got["logits"], want["logits"]), "loss" if quantize else kind
             kinds = stated, f"{stated} {family.NAME}"
@@ -335,16 +298,23 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     return found
 
 
-def _of_stored(subject: Subject, weights: Sequence[Weight], inputs: Outputs) -> Outputs:
-    """What the source gives with its weights as a quantised artefact stores them."""
-    family, plan = subject.family, subject.plan
-    full = family.plan_slice(subject.source, WHOLE, None)
-    return family.load_oracle(stored_source(subject.source, full, weights, plan.dtype), plan.layers, None)(inputs)
+def _stored_oracle(subject: Subject) -> Forward | None:
+    """The oracle with the weights as a quantised artefact stores them; None for others."""
+    family, plan, method = subject.family, subject.plan, subject.manifest.get("quantize")
+    if method is None:
+        return None
+    if method not in METHODS:
+        raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
+    weights = family.build_graph(plan, str(subject.manifest.get("form")), quantize=method).weights.values()
+    source = stored_source(subject.source, family.plan_slice(subject.source, WHOLE, None), weights, plan.dtype)
+    return family.load_oracle(source, plan.layers, None)
 
 
-def _weight_bytes(subject: Subject) -> tuple[int, int]:
-    """Bytes of a quantised model's weights, and of the same in float32."""
-    form, method = str(subject.manifest.get("form")), subject.manifest["quantize"]
+def _weight_bytes(subject: Subject) -> tuple[int, int] | None:
+    """Bytes of a quantised artefact's weights, and of the same in float32; None for others."""
+    form, method = str(subject.manifest.get("form")), subject.manifest.get("quantize")
+    if method not in METHODS:
+        return None
     stored = subject.family.build_graph(subject.plan, form, quantize=method)
     plain = subject.family.build_graph(subject.plan.cast("F32"), form)
     sizes = [sum(weight.nbytes for weight in graph.weights.values()) for graph in (stored, plain)]
@@ -369,12 +339,26 @@ def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
 
 
 def _check_engine(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
-    from matexport.runtimes.tensorrt import refuse_engine
+    oracle = _stored_oracle(subject)
+    stored = oracle(inputs) if oracle else None
+    return check_engine(subject.artefact, subject.manifest, subject.family, inputs, want, stored)
 
-    refuse_engine(subject.artefact, subject.manifest)
+
+def _check_kit(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
+    """Its ONNX folder like any other, and its golden values."""
+    folder, manifest = subject.artefact / "onnx", read_manifest(subject.artefact / "onnx")
+    inner = replace(subject, artefact=folder, manifest=manifest, record=_record(manifest, subject.source, None))
+    if manifest.get("slice") != subject.manifest.get("slice"):
+        raise InputError("is of another slice than its ONNX folder", where=str(subject.artefact), fix="write it again")
+    oracles = subject.oracle, _stored_oracle(subject)
+    golden = check_golden(subject.artefact, subject.manifest, subject.family, *oracles, folder / "model.onnx")
+    return _check_onnx(inner, inputs, want) + golden
 
 
 def _prove(stored: Mapping[str, Stored], planned: Mapping[str, PlannedTensor], source: Checkpoint) -> list[Comparison]:
     found = [prove_tensor(name, entry, planned.get(name), source) for name, entry in stored.items()]
     missing = sorted(planned.keys() - stored.keys())
     return found + [Comparison(name, "provenance", False, 0.0, detail="the tensor is missing") for name in missing]
+
+
+CHECKS = {"checkpoint": _check_checkpoint, "onnx": _check_onnx, "engine": _check_engine, "kit": _check_kit}

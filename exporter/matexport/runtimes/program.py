@@ -63,6 +63,14 @@ class Program:
         found = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         return {name: array.astype(self.inputs[name].dtype) for name, array in found.items() if name in self.inputs}
 
+    def after(self, outputs: Arrays) -> dict[str, np.ndarray]:
+        """The new states of all layers, one vector a kind: those of fixed size are convolution's and scan's in turn."""
+        import numpy as np
+
+        fixed = [new for past, new in self.states.items() if _is_fixed(self.inputs[past])]
+        kinds = {"states.conv": fixed[::2], "states.scan": fixed[1::2]} if fixed else {}
+        return {kind: np.concatenate([outputs[name].ravel() for name in names]) for kind, names in kinds.items()}
+
 
 def chain(programs: Sequence[Program]) -> Program:
     """Programs as one, each fed with what is given and what those before it give."""
@@ -92,8 +100,7 @@ def _decode(program: Program, inputs: Arrays) -> dict[str, np.ndarray]:
     """Logits and states of one run, and of prefills of some of the tokens followed by single steps that pass states on;
     logits of prompts of different lengths, padded to one, and of steps after them.
 
-    A state whose sizes are all known is of the convolution or the scan, in turn. Splits of which the program does not
-    take the pieces are left out.
+    Splits of which the program does not take the pieces are left out.
     """
     import numpy as np
 
@@ -101,14 +108,8 @@ def _decode(program: Program, inputs: Arrays) -> dict[str, np.ndarray]:
     mask = np.ones_like(ids)
     batch, length = ids.shape
     zeros = program.zeros(batch)
-    fixed = [new for past, new in program.states.items() if _is_fixed(program.inputs[past])]
-
-    def after(out: Arrays) -> dict[str, np.ndarray]:
-        kinds = {"states.conv": fixed[::2], "states.scan": fixed[1::2]} if fixed else {}
-        return {kind: np.concatenate([out[name].ravel() for name in names]) for kind, names in kinds.items()}
-
     whole = program.run({**program.tokens(ids, mask), **zeros})
-    found = {"logits": whole["logits"], **after(whole)}
+    found = {"logits": whole["logits"], **program.after(whole)}
     for split in splits(length):
         first = {**program.tokens(ids[:, :split], mask[:, :split]), **zeros}
         if not program.takes({name: array.shape for name, array in first.items()}):
@@ -123,7 +124,7 @@ def _decode(program: Program, inputs: Arrays) -> dict[str, np.ndarray]:
             pieces.append(out["logits"])
         if len(pieces) == 1 + length - split:
             found[f"decode@{split}.logits"] = np.concatenate(pieces, 1)
-            found |= {f"decode@{split}.{kind}": array for kind, array in after(out).items()}
+            found |= {f"decode@{split}.{kind}": array for kind, array in program.after(out).items()}
     for side in ("left", "right") if batch > 1 else ():
         logits = _padded(program, ids, zeros, side)
         found |= {} if logits is None else {f"decode@{side}.logits": logits}

@@ -16,8 +16,8 @@ def fused_model(model: Any, *, in_place: bool = False) -> tuple[list[str], dict[
     """Turns an ONNX model of form `custom` (a ModelProto) into one for the plugins.
 
     The functions of our ops go, because TensorRT's parser prefers a function to a plugin; states of zeros too, because
-    a plugin starts with zeros by itself. Where products are in half precision, what the ops read and write along the
-    sequence is so too, and they sum in float32.
+    a plugin starts with zeros by itself; and states of the scan that nobody reads, since they can be larger than x.
+    Where products are in half precision, what the ops read and write along the sequence is so too; they sum in float32.
 
     Args:
         in_place: a state that is an input, and is read by nothing else, is written over by the one that follows it.
@@ -31,6 +31,11 @@ def fused_model(model: Any, *, in_place: bool = False) -> tuple[list[str], dict[
     for node in _ours(graph):
         for i in reversed([i for i, name in enumerate(node.input) if name in zeros or not name]):
             del node.input[i]  # TensorRT's parser takes no empty names, and the plugins need none
+    needed = {value.name for value in graph.output}.union(*(node.input for node in graph.node))
+    for node in _ours(graph):
+        if node.op_type == "Mamba2Scan" and len(node.output) > 1 and node.output[1] not in needed:
+            del node.output[1]
+            node.attribute.append(helper.make_attribute("final_state", 0))
     _drop_unused(graph)
     _narrow(graph)
     del model.functions[:]
@@ -127,7 +132,7 @@ class _Half:
         return helper.make_node("Cast", [narrow], [wide], f"{narrow}/cast", to=FLOAT)
 
     def casts(self, node: Any, to: int) -> bool:
-        return node.op_type == "Cast" and node.attribute[0].i == to
+        return bool(node.op_type == "Cast" and node.attribute[0].i == to)
 
     def sink(self, nodes: list[Any]) -> None:
         """Moves casts to float32 down, in the given list."""

@@ -22,6 +22,7 @@ class CausalConv1d:
 
     name = "CausalConv1d"
     required = len(REQUIRED)
+    outputs = 2
 
     @classmethod
     def defaults(cls) -> dict[str, np.ndarray]:

@@ -95,12 +95,14 @@ __global__ void __launch_bounds__(kScanThreads, Precision<T>::kBlocks) scan_chun
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const bool whole_bc = aligned16(p.B, p.groups * N) && aligned16(p.C, p.groups * N) && N % 8 == 0;
   const bool whole_x = aligned16(p.x, P) && P % 8 == 0;
+  const bool whole_y = aligned_pairs(p.y, P), whole_z = aligned_pairs(p.z, P);
 
-  // The state: element e of tile (m, j) is row n(m, e), column j * 8 + 2 t + e % 2.
+  // The state: element e of tile (m, j) is row n(m, e), column j * 8 + 2 t + e % 2. Two of them are neighbours.
   float S[2][kTiles][4];
   const auto n_of = [=](int m, int e) { return (warp + 4 * m) * 16 + g + e / 2 * 8; };
+  const auto column_of = [=](int j) { return p0 + j % tile8 * 8 + 2 * t; };
   const auto state_at = [=](int m, int j, int e) -> int64_t {  // in (batch, heads, N, P); -1 where there is none
-    const int head = j / tile8, q = p0 + (j - head * tile8) * 8 + 2 * t + e % 2, n = n_of(m, e);
+    const int head = j / tile8, q = column_of(j), n = n_of(m, e);
     if (head >= heads || q >= P || n >= N) return -1;
     return ((b * p.heads + first + head) * N + n) * P + q;
   };
@@ -108,11 +110,13 @@ __global__ void __launch_bounds__(kScanThreads, Precision<T>::kBlocks) scan_chun
   const int64_t states = p.batch * p.heads * N * P;  // elements of one segment's states
   const float *start = plan.segments > 1 ? p.segment_states + segment * states : p.state;
   if (kStateOnly) start = nullptr;
+  const bool start_whole = aligned_pairs(start, P);
   CUDA_UNROLL for (int m = 0; m < 2; ++m)
     CUDA_UNROLL for (int j = 0; j < kTiles; ++j)
-      CUDA_UNROLL for (int e = 0; e < 4; ++e) {
+      CUDA_UNROLL for (int e = 0; e < 4; e += 2) {
         const int64_t at = start ? state_at(m, j, e) : -1;
-        S[m][j][e] = at < 0 ? 0.f : start[at];
+        const Two<float> two = at < 0 ? Two<float>{} : load2(start + at, P - column_of(j), start_whole);
+        S[m][j][e] = two.v[0], S[m][j][e + 1] = two.v[1];
       }
   double log_total = 0;  // of the segment; in lane 31 of warp i, of head i (and i + 4)
   double log_total4 = 0;
@@ -219,19 +223,23 @@ __global__ void __launch_bounds__(kScanThreads, Precision<T>::kBlocks) scan_chun
           }
       }
       CUDA_UNROLL for (int j = 0; j < kTiles; ++j) {
-        const int head = j / tile8, q0 = p0 + (j - head * tile8) * 8 + 2 * t;
+        const int head = j / tile8, q = column_of(j);
         if (head >= heads) break;
         const float D = p.D[first + head];
-        CUDA_UNROLL for (int e = 0; e < 4; ++e) {
-          const int s = row0 + e / 2 * 8, q = q0 + e % 2;
+        CUDA_UNROLL for (int e = 0; e < 4; e += 2) {
+          const int s = row0 + e / 2 * 8;
           if (q >= P || s >= valid) continue;
           const int64_t at = ((step0 + s) * p.heads + first + head) * P + q;
-          float y = 0;
+          Two<T> two = {};
           if (!mask || mask[s]) {
-            y = Y[j][e] + D * value(shared.x[(j * 8 + 2 * t + e % 2) * kAcross + s]);
-            if (p.z) y *= silu(value(p.z[at]));
+            if (p.z) two = load2(p.z + at, P - q, whole_z);
+            CUDA_UNROLL for (int i = 0; i < 2; ++i) {
+              float y = Y[j][e + i] + D * value(shared.x[(j * 8 + 2 * t + i) * kAcross + s]);
+              if (p.z) y *= silu(value(two.v[i]));
+              two.v[i] = nearest<T>(y);
+            }
           }
-          p.y[at] = nearest<T>(y);
+          store2(p.y + at, two, P - q, whole_y);
         }
       }
     }
@@ -279,12 +287,13 @@ __global__ void __launch_bounds__(kScanThreads, Precision<T>::kBlocks) scan_chun
   } else if (segment != plan.segments - 1) {
     result = nullptr;
   }
+  const bool result_whole = aligned_pairs(result, P);
   if (result)
     CUDA_UNROLL for (int m = 0; m < 2; ++m)
       CUDA_UNROLL for (int j = 0; j < kTiles; ++j)
-        CUDA_UNROLL for (int e = 0; e < 4; ++e) {
+        CUDA_UNROLL for (int e = 0; e < 4; e += 2) {
           const int64_t at = state_at(m, j, e);
-          if (at >= 0) result[at] = S[m][j][e];
+          if (at >= 0) store2(result + at, {{S[m][j][e], S[m][j][e + 1]}}, P - column_of(j), result_whole);
         }
 }
 

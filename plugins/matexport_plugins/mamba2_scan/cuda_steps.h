@@ -1,13 +1,17 @@
 // Mamba2Scan step by step: one pass over the state for each step. For decoding, which is bound by the bandwidth of
 // memory, and for states too long for the chunked kernel.
 //
-// A block has one head of one sequence and up to 128 * kVector of its channels. A thread has kVector neighbouring
-// channels and every rows-th row of the state; it alone reads and writes them, so `state` may be `final_state`.
+// A block has one head of one sequence and up to 128 * kVector of its channels: fewer where there would be too few blocks
+// to fill a GPU. A thread has kVector neighbouring channels and every rows-th row of the state; it alone reads and writes
+// them, so `state` may be `final_state`. It reads kBatch rows before it writes the first: the compiler, which cannot know
+// that they are others, would wait for each.
 #pragma once
 
 #include "cuda.h"
 
 namespace matexport::cuda {
+
+constexpr int kBatch = 4;
 
 template <int kVector>
 struct alignas(4 * kVector) Floats {
@@ -15,11 +19,11 @@ struct alignas(4 * kVector) Floats {
 };
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kScanThreads) scan_steps(ScanArgs<T> p) {
+__global__ void __launch_bounds__(kScanThreads, 7) scan_steps(ScanArgs<T> p) {
   CUDA_SHARED(memory);
   float *sums = reinterpret_cast<float *>(memory);  // (rows, columns)
   const int vectors = int(p.P / kVector);
-  const int tiles = int(divide_up(vectors, kScanThreads)), across = int(divide_up(vectors, tiles));
+  const int tiles = p.plan.column_tiles, across = int(divide_up(vectors, tiles));
   const int rows = kScanThreads / across, tile = int(blockIdx.x % tiles);
   const int64_t bh = blockIdx.x / tiles, b = bh / p.heads, h = bh % p.heads, group = h / (p.heads / p.groups);
   const int row = int(threadIdx.x) / across, column = int(threadIdx.x) % across, at = (tile * across + column) * kVector;
@@ -38,20 +42,24 @@ __global__ void __launch_bounds__(kScanThreads) scan_steps(ScanArgs<T> p) {
     float x[kVector], sum[kVector] = {};
     CUDA_UNROLL for (int i = 0; i < kVector; ++i) x[i] = busy && real ? dt * value(p.x[xy + at + i]) : 0.f;
     if (busy && (real || before != after)) {
-#ifdef __CUDACC__
-#pragma unroll 4
-#endif
-      for (int64_t n = row; n < p.N; n += rows) {
-        Floats<kVector> S = {};
-        if (before) S = *reinterpret_cast<const Floats<kVector> *>(before + n * p.P);
-        if (real) {
-          const float B = value(p.B[bc + n]), C = value(p.C[bc + n]);
-          CUDA_UNROLL for (int i = 0; i < kVector; ++i) {
-            S.v[i] += decay * S.v[i] + B * x[i];
-            sum[i] += C * S.v[i];
-          }
+      for (int64_t n0 = row; n0 < p.N; n0 += kBatch * rows) {
+        Floats<kVector> S[kBatch] = {};
+        float B[kBatch] = {}, C[kBatch] = {};
+        CUDA_UNROLL for (int u = 0; u < kBatch; ++u) {
+          const int64_t n = n0 + u * rows;
+          if (n >= p.N) break;
+          if (before) S[u] = *reinterpret_cast<const Floats<kVector> *>(before + n * p.P);
+          if (real) B[u] = value(p.B[bc + n]), C[u] = value(p.C[bc + n]);
         }
-        if (after) *reinterpret_cast<Floats<kVector> *>(after + n * p.P) = S;
+        CUDA_UNROLL for (int u = 0; u < kBatch; ++u) {
+          const int64_t n = n0 + u * rows;
+          if (n >= p.N) break;
+          CUDA_UNROLL for (int i = 0; i < kVector && real; ++i) {
+            S[u].v[i] += decay * S[u].v[i] + B[u] * x[i];
+            sum[i] += C[u] * S[u].v[i];
+          }
+          if (after) *reinterpret_cast<Floats<kVector> *>(after + n * p.P) = S[u];
+        }
       }
     }
     if (row < rows)
@@ -73,10 +81,13 @@ __global__ void __launch_bounds__(kScanThreads) scan_steps(ScanArgs<T> p) {
 }
 
 template <class T>
-int launch_scan_steps(const ScanArgs<T> &args, void *stream) {
+int launch_scan_steps(ScanArgs<T> args, void *stream) {
   const bool whole = args.P % 4 == 0 && aligned16(args.state, 0) && aligned16(args.final_state, 0);
-  const int64_t vectors = args.P / (whole ? 4 : 1), tiles = divide_up(vectors, kScanThreads);
-  const int64_t blocks = args.batch * args.heads * tiles;
+  const int64_t vectors = args.P / (whole ? 4 : 1), heads = args.batch * args.heads, sector = whole ? 4 : 16;
+  int64_t tiles = divide_up(vectors, kScanThreads);  // each of 64 bytes of a row at least
+  while (heads * tiles < kWantedBlocks && vectors >= 2 * tiles * sector) tiles *= 2;
+  args.plan.column_tiles = int(tiles);
+  const int64_t blocks = heads * tiles;
   const size_t shared = kScanThreads * 4 * sizeof(float);
   return whole ? launch(scan_steps<T, 4>, blocks, kScanThreads, shared, stream, args)
                : launch(scan_steps<T, 1>, blocks, kScanThreads, shared, stream, args);

@@ -21,15 +21,15 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 def launches(
     *, heads: int, P: int, N: int, groups: int = 1, dtype: torch.dtype = torch.float32, step: bool = False,
-    state: bool = False, mask: bool = False, z: bool = False, dt_limit: tuple[float, float] = (0.0, math.inf),
-    capability: int = 90, tiles: Tiles | None = None,
+    state: bool = False, mask: bool = False, z: bool = False, final_state: bool = True,
+    dt_limit: tuple[float, float] = (0.0, math.inf), capability: int = 90, tiles: Tiles | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of one call, in order, on contiguous tensors.
 
     Args:
         dtype: of x, dt_raw, B, C, z and y. A, D, dt_bias and the states are float32.
         step: length 1, rather than any length.
-        state, mask, z: whether these inputs are there.
+        state, mask, z, final_state: whether these inputs and this output are there.
         capability: of the GPU that the tiles are chosen for, where `tiles` does not say.
 
     Raises:
@@ -43,13 +43,16 @@ def launches(
         "bias_ptr": "*fp32", "state_ptr": "*fp32", "mask_ptr": "*i1", "z_ptr": row, "y_ptr": row, "final_ptr": "*fp32",
         "sums_ptr": "*fp32",
     }  # fmt: skip
-    absent = {name for name, there in (("state_ptr", state), ("mask_ptr", mask), ("z_ptr", z)) if not there}
+    optional = {"state_ptr": state, "mask_ptr": mask, "z_ptr": z, "final_ptr": final_state}
+    absent = {name for name, there in optional.items() if not there}
     NT = max(16, triton.next_power_of_2(N))
     sizes = {"HEADS": heads, "GROUPS": groups, "P": P, "N": N, "NT": NT}
     limits = {"dt_min": float(dt_limit[0]), "dt_max": float(dt_limit[1])}
 
     width = heads * P
-    outputs = {"y_ptr": ("batch", "length", str(width)), "final_ptr": ("batch", str(heads), str(N), str(P))}
+    outputs: dict[str, tuple[str, ...]] = {"y_ptr": ("batch", "length", str(width))}
+    if final_state:
+        outputs["final_ptr"] = ("batch", str(heads), str(N), str(P))
 
     def arguments(names: str) -> dict[str, str]:
         return {name: types.get(name, "i32") for name in names.split() if name not in absent}

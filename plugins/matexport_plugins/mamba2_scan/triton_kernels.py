@@ -182,8 +182,9 @@ def scan_kernel(
             at = (b * (parts - 1) + part) * HEADS + h
             tl.store(local_ptr + at * (N * P) + tile, states[i], mask=in_tile)
             tl.store(decay_ptr + at, passed[i])
-        elif part == parts - 1:
-            tl.store(final_ptr + (b * HEADS + h) * (N * P) + tile, states[i], mask=in_tile)
+        elif final_ptr is not None:
+            if part == parts - 1:
+                tl.store(final_ptr + (b * HEADS + h) * (N * P) + tile, states[i], mask=in_tile)
 
 
 @triton.jit
@@ -214,7 +215,8 @@ def step_kernel(
     B = tl.load(B_ptr + b * B_row + group * N + n, mask=n < N, other=0.0).to(tl.float32)
     C = tl.load(C_ptr + b * C_row + group * N + n, mask=n < N, other=0.0).to(tl.float32)
     step = S * tl.exp2(dt * tl.load(A_ptr + h).to(tl.float32) * LOG2_E) + B[:, None] * (dt * x)[None, :]
-    tl.store(final_ptr + at, tl.where(real, step, S), mask=inside)
+    if final_ptr is not None:
+        tl.store(final_ptr + at, tl.where(real, step, S), mask=inside)
     y = tl.sum(step * C[:, None], 0) + tl.load(D_ptr + h).to(tl.float32) * x
     if z_ptr is not None:
         z = tl.load(z_ptr + b * z_row + h * P + p, mask=p < P, other=0.0).to(tl.float32)

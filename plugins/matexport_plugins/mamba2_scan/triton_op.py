@@ -24,8 +24,8 @@ def mamba2_scan(
     dt_bias: torch.Tensor, state: torch.Tensor | None = None, mask: torch.Tensor | None = None,
     z: torch.Tensor | None = None, *, groups: int = 1, dt_limit: tuple[float, float] = (0.0, math.inf),
     out: torch.Tensor | None = None, out_state: torch.Tensor | None = None, tiles: Tiles | None = None,
-    segments: int | None = None, workspace: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    segments: int | None = None, workspace: torch.Tensor | None = None, final_state: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Shapes and equations as in README.md. No gradients.
 
     Args:
@@ -37,11 +37,12 @@ def mamba2_scan(
         workspace: memory for what is between the launches, float32, instead of new tensors; as many elements as
             `triton_tiles.workspace_size` says suffice. With less of it a sequence is cut into fewer segments, unless
             `segments` says how many.
+        final_state: whether it is wanted; it can be larger than x.
 
     Returns:
         y (batch, length, heads * P) in x's type, zero where the mask is, and the final state (batch, heads, N, P),
-        float32. Products of matrices take operands in x's type (float32: three TF32 products) and add in float32;
-        everything else is float32.
+        float32, or None. Products of matrices take operands in x's type (float32: three TF32 products) and add in
+        float32; everything else is float32.
 
     Raises:
         ValueError: shapes, types or devices are not as above, or the workspace is too small.
@@ -49,11 +50,11 @@ def mamba2_scan(
     """
     batch, length, width, heads, P, N = check(x, dt_raw, A, B, C, D, dt_bias, state, mask, z, groups=groups)
     y = torch.empty((batch, length, width), dtype=x.dtype, device=x.device) if out is None else out
-    final = torch.empty((batch, heads, N, P), device=x.device) if out_state is None else out_state
+    final = torch.empty((batch, heads, N, P), device=x.device) if out_state is None and final_state else out_state
     for name, value, shape, dtype in (
         ("out", y, (batch, length, width), x.dtype), ("out_state", final, (batch, heads, N, P), torch.float32)
     ):  # fmt: skip
-        if value.shape != shape or value.dtype != dtype or not value.is_contiguous():
+        if value is not None and (value.shape != shape or value.dtype != dtype or not value.is_contiguous()):
             raise ValueError(f"{name}: expected contiguous {dtype} {shape}")
     if out_state is not None and state is not None and length > 1 and out_state.data_ptr() == state.data_ptr():
         raise ValueError("out_state may be state itself for a length of 1 only")

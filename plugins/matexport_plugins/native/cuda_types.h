@@ -105,6 +105,30 @@ __device__ __forceinline__ void load8(T *out, const T *p, int count, bool whole)
   }
 }
 
+// Two neighbouring elements, in one transfer where `whole`: p is aligned to both. Only the first of them if `count` is 1.
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T v[2];
+};
+template <class T>
+__device__ __forceinline__ Two<T> load2(const T *p, int count, bool whole) {
+  if (whole) return *reinterpret_cast<const Two<T> *>(p);
+  return {{p[0], count > 1 ? p[1] : T{}}};
+}
+template <class T>
+__device__ __forceinline__ void store2(T *p, Two<T> two, int count, bool whole) {
+  if (whole) {
+    *reinterpret_cast<Two<T> *>(p) = two;
+  } else {
+    p[0] = two.v[0];
+    if (count > 1) p[1] = two.v[1];
+  }
+}
+template <class T>
+__host__ __device__ __forceinline__ bool aligned_pairs(const T *p, int64_t row) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Two<T>) == 0 && row % 2 == 0;
+}
+
 __device__ __forceinline__ float softplus(float v) { return v > 20.f ? v : log1pf(expf(v)); }
 __device__ __forceinline__ float silu(float v) { return v / (1.f + expf(-v)); }
 

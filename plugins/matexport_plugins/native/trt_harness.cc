@@ -184,16 +184,17 @@ IPluginV3OneRuntime *runtime_of(IPluginV3 *p) {
   return static_cast<IPluginV3OneRuntime *>(capability);
 }
 
-void live(IPluginCreatorV3One *creator, const std::vector<Tensor> &in, const Results &want, bool in_place) {
+void live(IPluginCreatorV3One *creator, const std::vector<Tensor> &in, const Results &want, bool in_place, int outs) {
   const bool is_scan = in.size() == 10;
-  const int inputs = int(in.size()), all = inputs + 2, state_at = is_scan ? 7 : 3;
+  const int inputs = int(in.size()), all = inputs + outs, state_at = is_scan ? 7 : 3;
   // created from the attributes of a node
-  int32_t groups = 2, alias = in_place, wrong = 0;
+  int32_t groups = 2, alias = in_place, wrong = 0, final_state = outs - 1;
   float limit[2] = {0.f, 0.5f};
   const PluginField given[] = {{"groups", &groups, PluginFieldType::kINT32, 1},
                                {"in_place", &alias, PluginFieldType::kINT32, 1},
+                               {"final_state", &final_state, PluginFieldType::kINT32, 1},
                                {"dt_limit", limit, PluginFieldType::kFLOAT32, 2}};
-  const PluginFieldCollection fields = {3, given};
+  const PluginFieldCollection fields = {4, given};
   IPluginV3 *plugin = creator->createPlugin("node", &fields, TensorRTPhase::kBUILD);
   CHECK(plugin && !std::strcmp(plugin->getInterfaceInfo().kind, "PLUGIN"));
   const PluginField bad[] = {{"groups", &wrong, PluginFieldType::kINT32, 1}};
@@ -211,8 +212,9 @@ void live(IPluginCreatorV3One *creator, const std::vector<Tensor> &in, const Res
   DataType out_types[2];
   for (DataType x : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
     types[0] = x;
-    CHECK(build->getNbOutputs() == 2 && build->getOutputDataTypes(out_types, 2, types.data(), inputs) == 0);
-    CHECK(out_types[0] == x && out_types[1] == DataType::kFLOAT);
+    out_types[1] = DataType::kINT8;  // of an output that is not there it says nothing
+    CHECK(build->getNbOutputs() == outs && build->getOutputDataTypes(out_types, outs, types.data(), inputs) == 0);
+    CHECK(out_types[0] == x && out_types[1] == (outs == 2 ? DataType::kFLOAT : DataType::kINT8));
   }
   Builder sizes;
   std::vector<DimsExprs> in_sizes(in.size());
@@ -221,43 +223,43 @@ void live(IPluginCreatorV3One *creator, const std::vector<Tensor> &in, const Res
     for (size_t j = 0; j < in[i].dims.size(); ++j) in_sizes[i].d[j] = sizes.impl.constant(in[i].dims[j]);
   }
   DimsExprs out_sizes[2];
-  CHECK(build->getOutputShapes(in_sizes.data(), inputs, nullptr, 0, out_sizes, 2, sizes) == 0);
-  std::vector<Tensor> out(2);
-  for (int o = 0; o < 2; ++o) {
+  CHECK(build->getOutputShapes(in_sizes.data(), inputs, nullptr, 0, out_sizes, outs, sizes) == 0);
+  std::vector<Tensor> out(size_t(outs), Tensor{});
+  for (int o = 0; o < outs; ++o) {
     const Tensor &like = o ? in[size_t(state_at)] : in[0];
     CHECK(out_sizes[o].nbDims == int32_t(like.dims.size()));
     for (size_t j = 0; j < like.dims.size(); ++j) CHECK(out_sizes[o].d[j]->getConstantValue() == like.dims[j]);
     out[size_t(o)] = like;
   }
-  CHECK(build->getOutputShapes(in_sizes.data(), 2, nullptr, 0, out_sizes, 2, sizes) != 0);
+  CHECK(build->getOutputShapes(in_sizes.data(), 2, nullptr, 0, out_sizes, outs, sizes) != 0);
   CHECK(build->getAliasedInput(1) == (in_place ? state_at : -1) && build->getAliasedInput(0) == -1);
   std::vector<DynamicPluginTensorDesc> io(size_t(all), DynamicPluginTensorDesc{});
   for (int i = 0; i < all; ++i) {
     io[size_t(i)].desc = (i < inputs ? in[size_t(i)] : out[size_t(i - inputs)]).describe();
     io[size_t(i)].min = io[size_t(i)].opt = io[size_t(i)].max = io[size_t(i)].desc.dims;
   }
-  for (int i = 0; i < all; ++i) CHECK(build->supportsFormatCombination(i, io.data(), inputs, 2));
+  for (int i = 0; i < all; ++i) CHECK(build->supportsFormatCombination(i, io.data(), inputs, outs));
   for (int i = 0; i < all; ++i) {  // one wrong type, or another format
     std::vector<DynamicPluginTensorDesc> other = io;
     other[size_t(i)].desc.type = DataType::kINT32;
-    CHECK(!build->supportsFormatCombination(i, other.data(), inputs, 2));
+    CHECK(!build->supportsFormatCombination(i, other.data(), inputs, outs));
     other = io;
     other[size_t(i)].desc.format = static_cast<TensorFormat>(1);
-    CHECK(!build->supportsFormatCombination(i, other.data(), inputs, 2));
+    CHECK(!build->supportsFormatCombination(i, other.data(), inputs, outs));
   }
   io[0].desc.type = DataType::kHALF;  // then y is that too, and what is as long as x; states and parameters are not
-  CHECK(build->supportsFormatCombination(0, io.data(), inputs, 2));
-  CHECK(!build->supportsFormatCombination(inputs, io.data(), inputs, 2));
-  CHECK(build->supportsFormatCombination(inputs + 1, io.data(), inputs, 2));
-  CHECK(build->supportsFormatCombination(1, io.data(), inputs, 2) == !is_scan);
+  CHECK(build->supportsFormatCombination(0, io.data(), inputs, outs));
+  CHECK(!build->supportsFormatCombination(inputs, io.data(), inputs, outs));
+  CHECK(outs == 1 || build->supportsFormatCombination(inputs + 1, io.data(), inputs, outs));
+  CHECK(build->supportsFormatCombination(1, io.data(), inputs, outs) == !is_scan);
   io[0].desc.type = DataType::kFLOAT;
-  CHECK(build->configurePlugin(io.data(), inputs, io.data() + inputs, 2) == 0);
-  const size_t workspace = build->getWorkspaceSize(io.data(), inputs, io.data() + inputs, 2);
+  CHECK(build->configurePlugin(io.data(), inputs, io.data() + inputs, outs) == 0);
+  const size_t workspace = build->getWorkspaceSize(io.data(), inputs, io.data() + inputs, outs);
   CHECK(build->getNbTactics() == 0 && build->getTimingCacheID() == nullptr);
 
   // serialised, and made again from that; then cloned and attached
   const PluginFieldCollection *saved = runtime_of(plugin)->getFieldsToSerialize();
-  CHECK(saved && saved->nbFields == (is_scan ? 3 : 1));
+  CHECK(saved && saved->nbFields == (is_scan ? 4 : 1));
   IPluginV3 *loaded = creator->createPlugin("node", saved, TensorRTPhase::kRUNTIME);
   delete plugin;
   CHECK(loaded);
@@ -269,12 +271,13 @@ void live(IPluginCreatorV3One *creator, const std::vector<Tensor> &in, const Res
 
   // run
   IPluginV3OneRuntime *runtime = runtime_of(attached);
-  std::vector<PluginTensorDesc> descs, out_descs = {out[0].describe(), out[1].describe()};
+  std::vector<PluginTensorDesc> descs, out_descs;
+  for (const Tensor &t : out) out_descs.push_back(t.describe());
   for (const Tensor &t : in) descs.push_back(t.describe());
   std::vector<PluginTensorDesc> misfit = descs;
   misfit[size_t(state_at)].dims.d[1] += 1;
-  CHECK(runtime->onShapeChange(misfit.data(), inputs, out_descs.data(), 2) != 0);
-  CHECK(runtime->onShapeChange(descs.data(), inputs, out_descs.data(), 2) == 0);
+  CHECK(runtime->onShapeChange(misfit.data(), inputs, out_descs.data(), outs) != 0);
+  CHECK(runtime->onShapeChange(descs.data(), inputs, out_descs.data(), outs) == 0);
   std::deque<Memory> memory;
   std::vector<const void *> pointers;
   for (const Tensor &t : in) {
@@ -282,15 +285,15 @@ void live(IPluginCreatorV3One *creator, const std::vector<Tensor> &in, const Res
     memory.back().put(t.type == DataType::kBOOL ? static_cast<const void *>(t.flags.data()) : t.values.data());
     pointers.push_back(memory.back().data());
   }
-  Memory y(out[0].bytes()), state(out[1].bytes()), scratch(workspace);
-  Memory &final_state = in_place ? memory[size_t(state_at)] : state;
-  void *const outputs[] = {y.data(), final_state.data()};
+  Memory y(out[0].bytes()), state(in[size_t(state_at)].bytes()), scratch(workspace);
+  Memory &final_memory = in_place ? memory[size_t(state_at)] : state;
+  void *const outputs[] = {y.data(), outs == 2 ? final_memory.data() : nullptr};
   const int status = runtime->enqueue(descs.data(), out_descs.data(), pointers.data(), outputs, scratch.data(), nullptr);
   if (status) std::printf("enqueue: %d\n", status);
   CHECK(status == 0);
   y.get(out[0].values.data());
-  final_state.get(out[1].values.data());
-  for (size_t o = 0; o < 2; ++o) {
+  if (outs == 2) final_memory.get(out[1].values.data());
+  for (size_t o = 0; o < size_t(outs); ++o) {
     double largest = 0, worst = 0;
     for (size_t i = 0; i < want[o].size(); ++i) {
       largest = std::fmax(largest, std::fabs(want[o][i]));
@@ -299,7 +302,8 @@ void live(IPluginCreatorV3One *creator, const std::vector<Tensor> &in, const Res
     }
     CHECK(worst <= 1e-5 * largest);
   }
-  std::printf("%s%s: one life, right results\n", creator->getPluginName(), in_place ? ", state in place" : "");
+  std::printf("%s%s: one life, right results\n", creator->getPluginName(),
+              in_place ? ", state in place" : outs == 1 ? ", without the state" : "");
   delete attached;
 }
 
@@ -315,7 +319,7 @@ int main(int argc, char **argv) {
   for (int i = 0; i < count; ++i) CHECK(!std::strcmp(creators[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE"));
   auto *scan_creator = static_cast<IPluginCreatorV3One *>(creators[0]);
   auto *conv_creator = static_cast<IPluginCreatorV3One *>(creators[1]);
-  CHECK(!std::strcmp(scan_creator->getPluginName(), "Mamba2Scan") && scan_creator->getFieldNames()->nbFields == 3);
+  CHECK(!std::strcmp(scan_creator->getPluginName(), "Mamba2Scan") && scan_creator->getFieldNames()->nbFields == 4);
   CHECK(!std::strcmp(conv_creator->getPluginName(), "CausalConv1d") && conv_creator->getFieldNames()->nbFields == 1);
   for (int64_t l : {1, 150, 700})
     for (bool in_place : {false, true}) {
@@ -324,8 +328,9 @@ int main(int argc, char **argv) {
                                 random({b, l, gn}, 0.25f), random({h}), random({h}), random({b, h, N, P}),
                                 random_mask({b, l}), random({b, l, h * P})};
       for (float &a : in[2].values) a = -std::exp(a);
-      live(scan_creator, in, scan(in, 2, 0.5), in_place);
+      live(scan_creator, in, scan(in, 2, 0.5), in_place, 2);
+      if (!in_place) live(scan_creator, in, scan(in, 2, 0.5), false, 1);
       in = {random({b, l, 40}), random({40, 1, 4}), random({40}), random({b, 40, 3}), random_mask({b, l})};
-      live(conv_creator, in, convolve(in), in_place);
+      live(conv_creator, in, convolve(in), in_place, 2);
     }
 }

@@ -2,7 +2,8 @@
 //
 // Inputs and outputs are those of the ops. Optional inputs that a node leaves out are not there, and are told apart by
 // type and rank: the mask is bool, the scan's state has four axes. Field `in_place` (default 0): the final state is
-// written where the state is read, which TensorRT allows with its preview feature for aliased plugin I/O only.
+// written where the state is read, which TensorRT allows with its preview feature for aliased plugin I/O only. Field
+// `final_state` (default 1) of the scan: whether it has that output. It can be larger than x.
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -17,7 +18,7 @@ using namespace nvinfer1;
 constexpr char kNamespace[] = "ai.matexport", kVersion[] = "1";
 
 struct Attributes {
-  int32_t groups = 1, in_place = 0;
+  int32_t groups = 1, in_place = 0, final_state = 1;
   float dt_limit[2] = {0.f, INFINITY};
 };
 
@@ -90,10 +91,11 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   AsciiChar const *getPluginVersion() const noexcept override { return kVersion; }
   AsciiChar const *getPluginNamespace() const noexcept override { return kNamespace; }
 
-  int32_t getNbOutputs() const noexcept override { return 2; }
+  int32_t getNbOutputs() const noexcept override { return a_.final_state ? 2 : 1; }
   int32_t getOutputDataTypes(DataType *out, int32_t, DataType const *in, int32_t inputs) const noexcept override {
     if (inputs < kRequired) return 1;
-    out[0] = in[0], out[1] = DataType::kFLOAT;
+    out[0] = in[0];
+    if (a_.final_state) out[1] = DataType::kFLOAT;
     return 0;
   }
   int32_t getOutputShapes(DimsExprs const *in, int32_t inputs, DimsExprs const *, int32_t, DimsExprs *out, int32_t,
@@ -103,6 +105,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
       return make.operation(DimensionOperation::kFLOOR_DIV, *a, *b);
     };
     out[0] = in[0];
+    if (kScan && !a_.final_state) return 0;
     if (kScan) {
       if (in[2].nbDims != 1 || in[3].nbDims != 3) return 1;
       out[1].nbDims = 4;
@@ -161,7 +164,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
       if (!scan_sizes(in[0].dims, in[2].dims, in[3].dims, a_, &p)) return MATEXPORT_BAD_SIZES;
       p.x = inputs[0], p.dt_raw = inputs[1], p.A = floats(2), p.B = inputs[3], p.C = inputs[4], p.D = floats(5);
       p.dt_bias = floats(6), p.state = floats(at.state), p.mask = mask, p.z = given(at.z);
-      p.y = outputs[0], p.final_state = static_cast<float *>(outputs[1]);
+      p.y = outputs[0], p.final_state = a_.final_state ? static_cast<float *>(outputs[1]) : nullptr;
       return matexport_cuda_scan(&p, type_of(in[0].type), workspace, stream);
     }
     matexport_conv p = {};
@@ -176,6 +179,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     fields_[n++] = {"in_place", &a_.in_place, PluginFieldType::kINT32, 1};
     if (kScan) {
       fields_[n++] = {"groups", &a_.groups, PluginFieldType::kINT32, 1};
+      fields_[n++] = {"final_state", &a_.final_state, PluginFieldType::kINT32, 1};
       fields_[n++] = {"dt_limit", a_.dt_limit, PluginFieldType::kFLOAT32, 2};
     }
     collection_ = {n, fields_};
@@ -203,7 +207,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   Attributes a_;
   int inputs_ = 0, state_ = -1;
-  PluginField fields_[3];
+  PluginField fields_[4];
   PluginFieldCollection collection_{};
 };
 
@@ -218,6 +222,7 @@ class Creator final : public IPluginCreatorV3One {
       const bool number = f.type == PluginFieldType::kINT32 && f.length == 1;
       if (!std::strcmp(f.name, "groups") && number) std::memcpy(&a.groups, f.data, 4);
       if (!std::strcmp(f.name, "in_place") && number) std::memcpy(&a.in_place, f.data, 4);
+      if (!std::strcmp(f.name, "final_state") && number && kScan) std::memcpy(&a.final_state, f.data, 4);
       if (!std::strcmp(f.name, "dt_limit")) {
         if (f.type != PluginFieldType::kFLOAT32 || f.length != 2) return nullptr;
         std::memcpy(a.dt_limit, f.data, 8);
@@ -232,10 +237,11 @@ class Creator final : public IPluginCreatorV3One {
   AsciiChar const *getPluginNamespace() const noexcept override { return kNamespace; }
 
  private:
-  PluginField fields_[3] = {{"in_place", nullptr, PluginFieldType::kINT32, 1},
+  PluginField fields_[4] = {{"in_place", nullptr, PluginFieldType::kINT32, 1},
                             {"groups", nullptr, PluginFieldType::kINT32, 1},
+                            {"final_state", nullptr, PluginFieldType::kINT32, 1},
                             {"dt_limit", nullptr, PluginFieldType::kFLOAT32, 2}};
-  PluginFieldCollection names_ = {kScan ? 3 : 1, fields_};
+  PluginFieldCollection names_ = {kScan ? 4 : 1, fields_};
 };
 
 }  // namespace
