@@ -1,4 +1,4 @@
-"""Gemma 3n in ONNX is the function of transformers: in every form, with a cache, padded, at two opsets, in two graphs."""
+"""Gemma 3n in ONNX is the function of transformers: in every form, with a cache, padded, in one graph and in two."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import shutil
 from typing import Any
 
 import click
@@ -37,6 +38,10 @@ def command(style: str) -> None:
         usable = spec is not None and spec.origin is not None
         version = _version(distribution) if usable else None
         found.append({"part": distribution, "for": purpose, "version": version, "install": None if usable else install})
+    tool = shutil.which("trtexec")
+    found.append(
+        {"part": "trtexec", "for": "build kits", "version": tool, "install": None if tool else "part of TensorRT"}
+    )
     gpus = ", ".join(map(str, find_gpus()))
     found.append({"part": "NVIDIA GPU", "for": "run engines", "version": gpus or None, "install": None})
     if style == "json":

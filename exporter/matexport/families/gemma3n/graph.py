@@ -96,8 +96,9 @@ class _Decoder:
         made = p.scaled(p.linear(x, PER_LAYER_PROJECTION.removesuffix(".weight")), text.hidden**-0.5)
         made = p.norm(g.op("Reshape", made, g.constant([-1, p.stored, text.per_layer])), "per_layer_projection_norm")
         inputs = p.scaled(g.op("Add", made, own), math.sqrt(0.5))
+        inputs = g.op("Reshape", inputs, g.constant([-1, p.stored * text.per_layer]))
         parts = g.ops("Split", inputs, axis=1, num_outputs=p.stored, outputs=p.stored)
-        return [g.op("Squeeze", parts[i], g.constant([1])) for i in p.used]
+        return [parts[i] for i in p.used]
 
     def _widened(self, x: ir.Value) -> ir.Value:
         """The AltUp stack (N, a, h): x, and projections of it that are as large."""
