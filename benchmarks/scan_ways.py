@@ -20,7 +20,8 @@ import matexport_plugins
 import matexport_plugins.causal_conv1d.torch_op
 import matexport_plugins.mamba2_scan.torch_op
 from matexport.graph import mamba2, stateful
-from matexport.graph.builder import Graph
+from matexport.graph.builder import Body, Graph
+from matexport.graph.chunks import cut_any
 
 Arrays = dict[str, np.ndarray]
 Values = dict[str, ir.Value]
@@ -114,22 +115,42 @@ def linear_attention(g: Graph, v: Values, s: Sizes, *, expanded: bool = False) -
     return g.op("Add", y, skip), state
 
 
-def in_form(g: Graph, v: Values, s: Sizes, form: str) -> tuple[ir.Value, ir.Value]:
+def in_form(g: Graph, v: Values, s: Sizes, form: str) -> tuple[ir.Value, ...]:
     names = ("x", "dt_raw", "A", "B", "C", "D", "dt_bias", "state")
-    inputs = (v[name] for name in names)
-    return stateful.mamba2_scan(g, form, *inputs, None, heads=s.heads, groups=1, dt_limit=(0.0, np.inf))
+    pieces = cut_any(g, g.op("Shape", v["x"], start=1, end=2)) if form == "stock" else None
+    y, state = stateful.mamba2_scan(
+        g, form, *(v[name] for name in names), None, heads=s.heads, head_dim=s.P, groups=1, state=s.N,
+        dt_limit=(0.0, np.inf), chunks=pieces,
+    )  # fmt: skip
+    assert state is not None
+    return y, state
+
+
+def stepwise(g: Graph, v: Values, s: Sizes) -> tuple[ir.Value, ir.Value]:
+    """One step after the other: ONNX's Scan."""
+    i64 = g.constant
+    dt = g.op("Softplus", g.op("Add", v["dt_raw"], v["dt_bias"]))
+    x4 = g.op("Reshape", v["x"], i64([0, 0, s.heads, s.P]))
+    body = Body("step", inside=g)
+    S, a, k, x, q = (body.input(body.unique(name), "F32", [None] * 4) for name in ("S", "a", "k", "x", "q"))
+    new = body.op("Add", body.op("Mul", S, a), body.op("Mul", k, x))
+    body.outputs = [new, body.op("MatMul", q, new)]
+    shaped = {
+        "decay": g.op("Reshape", g.op("Exp", g.op("Mul", dt, v["A"])), i64([0, 0, s.heads, 1, 1])),
+        "key": g.op("Reshape", v["B"], i64([0, 0, 1, s.N, 1])),
+        "value": g.op("Unsqueeze", g.op("Mul", x4, g.op("Unsqueeze", dt, i64([3]))), i64([3])),
+        "query": g.op("Reshape", v["C"], i64([0, 0, 1, 1, s.N])),
+    }
+    steps = (g.op("Transpose", value, perm=[1, 0, 2, 3, 4]) for value in shaped.values())
+    state, y = g.ops("Scan", v["state"], *steps, outputs=2, body=body.to_graph(), num_scan_inputs=4)
+    y = g.op("Reshape", g.op("Transpose", y, perm=[1, 0, 2, 3, 4]), i64([0, 0, s.heads, s.P]))
+    y = g.op("Add", y, g.op("Mul", x4, g.op("Unsqueeze", v["D"], i64([1]))))
+    return g.op("Reshape", y, i64([0, 0, s.heads * s.P])), state
 
 
 def in_bfloat16(g: Graph, v: Values) -> tuple[ir.Value, ...]:
     names = ("x", "dt_raw", "A", "B", "C", "D", "dt_bias", "state")
     return g.ops("Mamba2Scan", *(v[name] for name in names), domain="ai.matexport", outputs=2, bfloat16=1)
-
-
-def chunked(g: Graph, v: Values, s: Sizes, length: int) -> tuple[ir.Value]:
-    """The form of TensorRT and vision models: from a zero state, without a final one."""
-    dt = g.op("Softplus", g.op("Add", v["dt_raw"], v["dt_bias"]))
-    sizes = {"length": length, "heads": s.heads, "head_dim": s.P, "groups": 1, "state": s.N}
-    return (mamba2.scan(g, v["x"], dt, v["A"], v["B"], v["C"], v["D"], **sizes),)
 
 
 def mobius_scan(folder: str, inputs: Arrays, s: Sizes) -> bytes:
@@ -185,12 +206,12 @@ def scan_ways(inputs: Arrays, s: Sizes, length: int, threads: int, mobius: str |
         "LinearAttention": ort(lambda g, v: linear_attention(g, v, s), "shared"),
         "LinearAttention, B and C expanded": ort(lambda g, v: linear_attention(g, v, s, expanded=True), "expanded"),
         "LinearAttention, padded": ort(lambda g, v: in_form(g, v, s, "contrib"), "padded"),
-        "Scan": ort(lambda g, v: in_form(g, v, s, "stock"), "scan"),
+        "Scan": ort(lambda g, v: stepwise(g, v, s), "scan"),
+        "chunked stock ops": ort(lambda g, v: in_form(g, v, s, "stock"), "chunked"),
         "PyTorch chunked": torch_way(torch.ops.matexport.mamba2_scan, inputs, threads),
     }
     if length > 1:
         ways[OURS_BF16] = ort(in_bfloat16, "bfloat16", ours=True)
-        ways["chunked stock ops"] = ort(lambda g, v: chunked(g, v, s, length), "chunked")
     if mobius:
         ways["mobius-onnx"] = ort_way(mobius_scan(mobius, inputs, s), inputs | HIDDEN, threads)
     return ways

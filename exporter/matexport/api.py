@@ -18,7 +18,7 @@ from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
 from matexport.targets import Target, target_named
-from matexport.tensorrt import Profile, build_engine, choose_plugins, require_builder
+from matexport.tensorrt import Profile, build_engine, choose_plugins, refuse_for_kits, require_builder, write_kit
 from matexport.tensors import FLOATS
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
@@ -296,7 +296,9 @@ def build_trt(
     force: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Builds an engine from an ONNX folder, or from a checkpoint by way of ONNX, and returns its manifest.
+    """Builds an engine, or writes the kit of one, and returns the manifest.
+
+    Of an ONNX folder, or of a checkpoint by way of ONNX. Which of both it is, the target says.
 
     Args:
         plugin: what has the ops: `none`, `cuda` or `triton`.
@@ -306,22 +308,37 @@ def build_trt(
 
     Raises:
         UsageError: a row for an ONNX folder, which is one slice already.
-        See also `matexport.tensorrt.build_engine`, `choose_plugins` and `export_onnx`.
+        See also `matexport.tensorrt.build_engine`, `choose_plugins`, `write_kit` and `export_onnx`.
     """
-    chosen, path = target_named(target, "engine"), Path(model)
-    plugins = choose_plugins(plugin, embed=embed_plugin, in_place=in_place)
-    require_builder(chosen)  # before the export, not after
-    cache = Path(timing_cache) if timing_cache is not None else None
-    build = partial(
-        build_engine, output=Path(output), target=chosen, shapes=shapes or {}, plugins=plugins, timing_cache=cache,
-        force=force, warn=warn,
-    )  # fmt: skip
+    chosen, path = target_named(target, ("engine", "kit")), Path(model)
+    options: dict[str, Any] = {"target": chosen, "shapes": shapes or {}, "force": force}
+    build: Callable[..., dict[str, Any]]
+    if chosen.kind == "kit":
+        refuse_for_kits(plugin, embed=embed_plugin, in_place=in_place, timing_cache=timing_cache is not None)
+        build = partial(write_kit, plugin=plugin, tolerance=_tolerance, **options)
+    else:
+        plugins = choose_plugins(plugin, embed=embed_plugin, in_place=in_place)
+        require_builder(chosen)  # before the export, not after
+        cache = None if timing_cache is None else Path(timing_cache)
+        build = partial(build_engine, plugins=plugins, timing_cache=cache, warn=warn, **options)
     if is_onnx(path, slice):
-        return build(path)
+        return build(path, Path(output))
     planned = plan(model, slice, table=table)
+    export = partial(export_onnx, planned, target="portable" if plugin == "none" else "cpu")
+    if chosen.kind == "kit":
+        return build(export, Path(output), inputs=[planned.checkpoint.path])
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(planned, Path(folder, "onnx"), target="cpu" if plugins else "portable")
-        return build(Path(folder, "onnx"), inputs=[planned.checkpoint.path])
+        export(Path(folder, "onnx"))
+        return build(Path(folder, "onnx"), Path(output), inputs=[planned.checkpoint.path])
+
+
+def _tolerance(manifest: Mapping[str, Any]) -> float:
+    """How much outputs of an engine may differ from golden values, which come from the same ONNX file."""
+    from matexport.parity.comparison import TOLERANCES, kind_of
+
+    # both are in fp32, so that the errors of both count
+    both = TOLERANCES.get(f"fp32 {manifest['family']}", 0.0)
+    return max(TOLERANCES[kind_of("engine", {**manifest, "quantize": None})], both)
 
 
 def is_onnx(path: Path, slice: str | None) -> bool:

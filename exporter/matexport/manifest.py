@@ -152,12 +152,18 @@ def file_problems(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
         else:
             found[name] = ""
     if artefact.is_dir():
-        known = {*manifest["files"], FILE, *_in_place(folder)}
+        known = {*manifest["files"], FILE, *_in_place(folder), *_made_later(manifest)}
         for place in {folder, *((folder / name).parent for name in manifest["files"] if found[name] == "")}:
             names = [p.relative_to(folder).as_posix() for p in place.iterdir()]
             strangers = (n for n in names if n not in known and not any(k.startswith(f"{n}/") for k in known))
             found |= dict.fromkeys(strangers, "is not one of the files that were written")
     return found
+
+
+def _made_later(manifest: dict[str, Any]) -> list[str]:
+    """What the scripts of a kit make in its folder."""
+    names = manifest.get("made_there", [])
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _in_place(folder: Path) -> list[str]:

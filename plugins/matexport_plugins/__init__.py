@@ -28,6 +28,17 @@ def trt_library() -> Path | None:
     return _library("matexport_cuda")
 
 
+def trt_sources() -> dict[str, Path]:
+    """The sources of the TensorRT plugins in CUDA, by their place below a folder: for machines that compile them.
+
+    `nvcc -shared native/cuda_library.cu native/trt_plugin.cc` makes the library; of TensorRT nothing is needed.
+    """
+    headers = ("cuda_mma.h", "cuda_shim.h", "cuda_types.h", "matexport_cuda.h", "trt_abi.h")
+    names = ["causal_conv1d/cuda.h", *(f"mamba2_scan/cuda{part}.h" for part in ("", "_chunks", "_steps"))]
+    names += [f"native/{name}" for name in ("cuda_library.cu", "trt_plugin.cc", *headers)]
+    return {name: next(p for p in (Path(folder, name) for folder in __path__) if p.is_file()) for name in names}
+
+
 def _library(name: str) -> Path | None:
     # an editable installation has two folders: that of the sources and that of what was built
     for folder in __path__:

@@ -27,6 +27,7 @@ import matexport_plugins.causal_conv1d.torch_op
 import matexport_plugins.mamba2_scan.torch_op
 from matexport.graph import stateful
 from matexport.graph.builder import Graph
+from matexport.graph.chunks import cut_any
 from matexport_plugins.causal_conv1d.reference import causal_conv1d
 from matexport_plugins.mamba2_scan.reference import mamba2_scan
 
@@ -112,8 +113,11 @@ def graph_bytes(op: Op, inputs: Mapping[str, np.ndarray], form: str, attributes:
         kernel = inputs["weight"].shape[-1]
         outputs = stateful.causal_conv1d(g, form, *given, kernel=kernel)
     else:
-        heads = len(inputs["A"])
-        outputs = stateful.mamba2_scan(g, form, *given, heads=heads, groups=groups, dt_limit=dt_limit)
+        heads, length = len(inputs["A"]), g.op("Shape", values["x"], start=1, end=2)
+        outputs = stateful.mamba2_scan(
+            g, form, *given, heads=heads, head_dim=inputs["x"].shape[2] // heads, groups=groups,
+            state=inputs["B"].shape[2] // groups, dt_limit=dt_limit, chunks=cut_any(g, length),
+        )  # fmt: skip
     for value, name, axes in zip(outputs, ("y", "final_state"), (3, op.state_axes), strict=True):
         g.output(value, name, "F32", [None] * axes)
     g.functions = stateful.functions(form, kernel=kernel, masked="mask" in inputs, dt_limit=dt_limit)

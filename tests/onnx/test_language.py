@@ -79,7 +79,8 @@ def test_verified(exported: Path, language: Path, form: str) -> None:
         for name in ("logits", "decode@18.logits", *STATES, *(f"decode@18.{s}" for s in STATES))
     }
     steps = {c.name for c in report.comparisons if c.kind == "decode"}
-    assert steps == {f"decode@{split}.{name}" for split in (1, 18, 36) for name in ("logits", *STATES)}
+    padded = {f"decode@{side}.logits" for side in ("left", "right")}
+    assert steps == padded | {f"decode@{split}.{name}" for split in (1, 18, 36) for name in ("logits", *STATES)}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -10,10 +10,11 @@ import click
 
 from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.cli.common import echo_json, format_option, hint, human_bytes, model_option, pickle_option
-from matexport.errors import CheckpointError, printable
+from matexport.errors import CheckpointError, MissingError, printable
 from matexport.families import family_of
 from matexport.families.rows import WHOLE
 from matexport.manifest import manifest_path, read_manifest
+from matexport.runtimes.tensorrt import require_engine
 
 
 @click.command()
@@ -21,7 +22,7 @@ from matexport.manifest import manifest_path, read_manifest
 @pickle_option
 @format_option
 def command(model: str, allow_pickle: bool, style: str) -> None:
-    """Says what a checkpoint, an ONNX folder or an engine is, and where it came from.
+    """Says what a checkpoint, an ONNX folder, an engine or a kit is, and where it came from.
 
     \b
     Examples:
@@ -31,13 +32,13 @@ def command(model: str, allow_pickle: bool, style: str) -> None:
     remote = None if Path(model).exists() else open_checkpoint(model, allow_pickle=allow_pickle)
     path = remote.path if remote else Path(model)
     manifest = read_manifest(path) if manifest_path(path).is_file() else None
-    found = _artefact(manifest) if manifest else {"kind": "checkpoint"}
+    found = _artefact(path, manifest) if manifest else {"kind": "checkpoint"}
     if found["kind"] == "checkpoint":
         found |= _checkpoint(remote or open_checkpoint(path, allow_pickle=allow_pickle))
     if style == "json":
         echo_json(found)
     else:
-        _show(found)
+        _show(_shortened(found))
     if "damage" in found:
         hint("slice", "-m", model, "--repair", "-o", "OUTPUT")
     elif found["kind"] == "checkpoint" and manifest is None:
@@ -73,31 +74,28 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _artefact(manifest: dict[str, Any]) -> dict[str, Any]:
+def _artefact(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says, without the tensors."""
     keys = (
-        "kind",
-        "matexport",
-        "family",
-        "slice",
-        "source",
-        "target",
-        "form",
-        "dtype",
-        "quantize",
-        "plugins",
-        "aliases",
-        "tensorrt",
-        "capabilities",
-        "profiles",
-        "files",
-    )
+        "kind", "matexport", "family", "slice", "source", "target", "form", "dtype", "quantize", "plugins", "aliases",
+        "tensorrt", "capabilities", "precisions", "profiles", "files",
+    )  # fmt: skip
     found = {key: manifest[key] for key in keys if key in manifest}
     if manifest["kind"] == "engine":
-        found["runs_here"] = "no: this version builds engines and does not run them"
+        found["runs_here"] = _runs_here(path, manifest)
+    if manifest["kind"] == "kit":
+        found["to_build"] = f"run build.sh and verify.sh on the machine it is for ({manifest.get('target')})"
     if manifest["kind"] == "onnx":
         found["runs_here"] = _installed("onnxruntime")
     return found
+
+
+def _runs_here(path: Path, manifest: dict[str, Any]) -> str:
+    """Whether an engine fits this machine; it is not loaded."""
+    try:
+        return f"yes: {require_engine(path, manifest)}"
+    except MissingError as e:
+        return f"no: {e.what}"
 
 
 def _installed(package: str) -> str:
@@ -105,6 +103,25 @@ def _installed(package: str) -> str:
         return f"yes: {package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
         return f"no: {package} is not installed"
+
+
+def _shortened(found: dict[str, Any]) -> dict[str, Any]:
+    """For people: ranges of shapes in a line, inputs and files that are many counted."""
+    short = dict(found)
+    if isinstance(found.get("profiles"), dict):
+        short["profiles"] = {name: _ranges(profile) for name, profile in found["profiles"].items()}
+    if len(found.get("files", {})) > 6:
+        size = human_bytes(sum(int(entry.get("bytes", 0)) for entry in found["files"].values()))
+        short["files"] = f"{len(found['files'])}, {size}"
+    return short
+
+
+def _ranges(profile: dict[str, dict[str, list[int]]]) -> dict[str, str]:
+    alike: dict[str, list[str]] = {}
+    for name, shapes in profile.items():
+        low, best, high = ("x".join(map(str, shapes.get(end, []))) for end in ("min", "opt", "max"))
+        alike.setdefault(f"{low} to {high}, best {best}", []).append(name)
+    return {names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""): text for text, names in alike.items()}
 
 
 def _show(found: dict[str, Any], indent: str = "") -> None:

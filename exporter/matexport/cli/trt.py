@@ -24,6 +24,8 @@ from matexport.kernels import emit_ptx
 from matexport.targets import TARGETS, target_named
 from matexport.tensorrt import CAPABILITIES, PLUGINS, Profile
 
+BUILT = ("engine", "kit")
+
 
 @click.command()
 @model_option
@@ -32,7 +34,7 @@ from matexport.tensorrt import CAPABILITIES, PLUGINS, Profile
 @output_option
 @click.option(
     "--target", "targets", multiple=True, metavar="NAME",
-    help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind == 'engine')}; rtx by default."
+    help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind in BUILT)}; rtx by default."
     " Of several, each gets a folder of its name.",
 )  # fmt: skip
 @click.option("--min-shapes", multiple=True, metavar="NAME:1x3x8x8", help="Smallest shape of an input.")
@@ -88,15 +90,17 @@ def command(
     shapes = _profiles({"min": min_shapes, "opt": opt_shapes, "max": max_shapes})
     places = {name: output / name if len(set(targets)) > 1 else output for name in targets}
     for name in places:  # before hours of building, not after
-        target_named(name, "engine")
+        target_named(name, BUILT)
     for name, place in places.items():
         manifest = api.build_trt(
             model, place, slice=row, table=table, target=name, shapes=shapes, plugin=plugin, embed_plugin=embed_plugin,
             in_place=in_place, timing_cache=timing_cache, force=force, warn=note,
         )  # fmt: skip
         size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
-        say(f"{place}: {manifest['tensorrt']['flavour']} {manifest['tensorrt']['version']}, {size}")
-        if "plugins" in manifest:
+        library = manifest["tensorrt"]
+        what = "a kit" if manifest["kind"] == "kit" else f"{library['flavour']} {library['version']}"
+        say(f"{place}: {what}, {size}")
+        if "plugins" in manifest and "load" in manifest["plugins"]:
             say(f"  to load it: {manifest['plugins']['load']}")
     hint("inspect", "-m", place)
 
@@ -104,7 +108,7 @@ def command(
 def _emit_ptx(
     model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], force: bool
 ) -> None:
-    numbers = {n for name in targets for n in target_named(name, ("engine", "kit")).capabilities}
+    numbers = {n for name in targets for n in target_named(name, BUILT).capabilities}
     if targets and not numbers:
         raise UsageError(f"target {targets[0]!r} is the GPU at hand: which one is it?", fix="name another target")
     chosen = sorted(numbers) or list(CAPABILITIES)

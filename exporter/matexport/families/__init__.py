@@ -27,7 +27,8 @@ FAMILIES = ("gemma3n", "matmamba")
 
 Arrays = Mapping[str, "np.ndarray"]
 # Inputs by name -> outputs by name. An output `decode.X`, or `decode@S.X`, is X computed step by step, from states
-# (after S tokens at once); it is compared with `whole.X` if that is there: X computed at once in the same precision.
+# (after S tokens at once; with S "left" or "right" after prompts of different lengths, padded there). `whole.X` is X
+# computed at once in float64, and truer than X; only models that are small enough have it.
 # `states.X` are the states after all tokens, those of all layers in one vector.
 Forward = Callable[[Arrays], Arrays]
 

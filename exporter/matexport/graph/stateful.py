@@ -11,18 +11,22 @@ Equations: `matexport_plugins/mamba2_scan/README.md`, `causal_conv1d/README.md`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
 
 from matexport.graph.builder import Body, Graph
-from matexport.graph.mamba2 import silu
+from matexport.graph.chunks import Chunks, cut_any, linear_attention
+from matexport.graph.mamba2 import silu, softplus
 
 OURS, CONTRIB = "ai.matexport", "com.microsoft"
 FORMS = ("custom", "contrib", "stock")
 LANES = 32  # ONNX Runtime's LinearAttention is fast for head dims that are multiples of this
 
 Pair = tuple[ir.Value, ir.Value]
+Result = tuple[ir.Value, ir.Value | None]
 
 
 # --------------------------------------------------------------------------------------- convolution
@@ -75,81 +79,66 @@ def _conv(
 # ---------------------------------------------------------------------------------------------- scan
 def mamba2_scan(
     g: Graph, form: str, x: ir.Value, dt_raw: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value,
-    dt_bias: ir.Value, state: ir.Value, mask: ir.Value | None,
-    *, heads: int, groups: int, dt_limit: tuple[float, float],
-) -> Pair:  # fmt: skip
-    """x (b, T, h * p), dt_raw (b, T, h), A, D, dt_bias (h), B, C (b, T, g * n), state (b, h, n, p), mask (b, T)
-    -> y (b, T, h * p) and the new state."""
-    values = (x, dt_raw, A, B, C, D, dt_bias, state, mask)
+    dt_bias: ir.Value, past: ir.Value | None, mask: ir.Value | None,
+    *, heads: int, head_dim: int, groups: int, state: int, dt_limit: tuple[float, float], chunks: Chunks | None,
+) -> Result:  # fmt: skip
+    """x (b, T, h * p), dt_raw (b, T, h), A, D, dt_bias (h), B, C (b, T, g * n), past (b, h, n, p), mask (b, T)
+    -> y (b, T, h * p) and the new state.
+
+    Form `stock` needs `chunks`, and there `past` may be None: zeros; then so is the new state.
+    """
+    values = (x, dt_raw, A, B, C, D, dt_bias, past, mask)
     if form == "custom":
         options: dict[str, Any] = {"groups": groups, "heads": heads}
         if dt_limit != (0.0, math.inf):
             options["dt_limit"] = list(dt_limit)
         y, final = g.ops("Mamba2Scan", *values, domain=OURS, outputs=2, **options)
         return y, final
-    return _scan(g, form, *values, heads=heads, groups=groups, dt_limit=dt_limit)
+    by_head = g.constant([0, 0, heads, head_dim])
+    if form == "contrib":
+        contrib = partial(_contrib_attention, heads=heads, groups=groups)
+        return _scan(g, *values, by_head=by_head, dt_limit=dt_limit, attention=contrib)
+    assert chunks is not None
+    stock = partial(linear_attention, chunks=chunks, heads=heads, groups=groups, state=state, head_dim=head_dim)
+    return _scan(g, *values, by_head=by_head, dt_limit=dt_limit, attention=stock)
 
 
 def _scan(
-    g: Graph, form: str, x: ir.Value, dt_raw: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value,
-    dt_bias: ir.Value, state: ir.Value, mask: ir.Value | None,
-    *, heads: Any, groups: Any, dt_limit: tuple[float, float],
-) -> Pair:  # fmt: skip
-    """As LinearAttention: C is its query, B its key, dt x its value, dt A its decay.
+    g: Graph, x: ir.Value, dt_raw: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value,
+    dt_bias: ir.Value, past: ir.Value | None, mask: ir.Value | None,
+    *, by_head: ir.Value, dt_limit: tuple[float, float], attention: Callable[..., Result],
+) -> Result:  # fmt: skip
+    """As a linear attention: C is its query, B its key, dt x its value, dt A its decay.
 
-    `heads` and `groups` are numbers, or references to a function's attributes.
+    Args:
+        by_head: the shape (b, T, h, p).
+        attention: query, key, value (b, T, h, p), decay, past -> (b, T, h, p) and the new state.
     """
     i64 = g.constant
-    dt = g.op("Softplus", g.op("Add", dt_raw, dt_bias))
-    if dt_limit != (0.0, math.inf):
-        dt = g.op("Clip", dt, g.constant(dt_limit[0], "F32"), g.constant(dt_limit[1], "F32"))
+    dt = softplus(g, dt_raw, dt_bias, dt_limit)
     if mask is not None:  # a step of dt = 0 changes nothing
         dt = g.op("Mul", dt, g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.FLOAT)), i64([2])))
-    by_head = g.op("Concat", i64([0, 0]), g.op("Shape", A), i64([-1]), axis=0)
-    flat = i64([0, 0, -1])
     x4 = g.op("Reshape", x, by_head)
     value = g.op("Mul", x4, g.op("Unsqueeze", dt, i64([3])))
-    decay = g.op("Mul", dt, A)
-    if form == "stock":
-        y, final = _linear_attention(g, C, B, g.op("Reshape", value, flat), state, decay)
-        y = g.op("Reshape", y, by_head)
-    else:
-        size = g.op("Shape", state, start=3, end=4)  # p, padded with zeros to what is fast
-        pads = g.op("Concat", i64([0] * 7), g.op("Mod", g.op("Neg", size), i64([LANES])), axis=0)
-        value, padded = g.op("Reshape", g.op("Pad", value, pads), flat), g.op("Pad", state, pads)
-        options = {"update_rule": "gated", "scale": 1.0, "q_num_heads": groups, "kv_num_heads": heads}
-        y, final = g.ops("LinearAttention", C, B, value, padded, decay, domain=CONTRIB, outputs=2, **options)
-        y = g.op("Slice", g.op("Reshape", y, by_head), i64([0]), size, i64([3]))
-        final = g.op("Slice", final, i64([0]), size, i64([3]))
+    y, final = attention(g, query=C, key=B, value=value, decay=g.op("Mul", dt, A), past=past)
     y = g.op("Add", y, g.op("Mul", x4, g.op("Unsqueeze", D, i64([1]))))
-    return g.op("Reshape", y, flat), final
+    return g.op("Reshape", y, i64([0, 0, -1])), final
 
 
-def _linear_attention(
-    g: Graph, query: ir.Value, key: ir.Value, value: ir.Value, past: ir.Value, decay: ir.Value
-) -> Pair:
-    """com.microsoft::LinearAttention with the gated rule and scale 1, one step after the other: r heads share a key."""
+def _contrib_attention(
+    g: Graph, query: ir.Value, key: ir.Value, value: ir.Value, decay: ir.Value, past: ir.Value,
+    *, heads: Any, groups: Any,
+) -> Result:  # fmt: skip
+    """com.microsoft::LinearAttention; `heads` and `groups` are numbers, or references to a function's attributes."""
     i64 = g.constant
-    b, h, n, p = (g.op("Shape", past, start=i, end=i + 1) for i in range(4))
-    groups = g.op("Div", g.op("Shape", query, start=2, end=3), n)
-    repeat, one, same = g.op("Div", h, groups), i64([1]), i64([0, 0])
-
-    def shaped(x: ir.Value, *sizes: ir.Value) -> ir.Value:
-        return g.op("Reshape", x, g.op("Concat", *sizes, axis=0))
-
-    body = Body("step", inside=g)
-    S, a, k, v, q = (body.input(body.unique(name), "F32", [None] * 5) for name in ("S", "a", "k", "v", "q"))
-    new = body.op("Add", body.op("Mul", S, a), body.op("Mul", k, v))
-    body.outputs = [new, body.op("MatMul", q, new)]
-    # ONNX's reference evaluator scans along the first axis only
-    query, key, value, decay = (g.op("Transpose", v, perm=[1, 0, 2]) for v in (query, key, value, g.op("Exp", decay)))
-    final, y = g.ops(
-        "Scan", shaped(past, b, groups, repeat, n, p), shaped(decay, same, groups, repeat, one, one),
-        shaped(key, same, groups, one, n, one), shaped(value, same, groups, repeat, one, p),
-        shaped(query, same, groups, one, one, n), outputs=2, body=body.to_graph(), num_scan_inputs=4,
-    )  # fmt: skip
-    y = g.op("Transpose", g.op("Reshape", y, i64([0, 0, -1])), perm=[1, 0, 2])
-    return y, g.op("Reshape", final, g.op("Shape", past))
+    size = g.op("Shape", past, start=3, end=4)  # p, padded with zeros to what is fast
+    pads = g.op("Concat", i64([0] * 7), g.op("Mod", g.op("Neg", size), i64([LANES])), axis=0)
+    flat, padded = g.op("Reshape", g.op("Pad", value, pads), i64([0, 0, -1])), g.op("Pad", past, pads)
+    options = {"update_rule": "gated", "scale": 1.0, "q_num_heads": groups, "kv_num_heads": heads}
+    y, final = g.ops("LinearAttention", query, key, flat, padded, decay, domain=CONTRIB, outputs=2, **options)
+    wide = g.op("Concat", i64([0, 0]), g.op("Shape", past, start=1, end=2), i64([-1]), axis=0)
+    y = g.op("Slice", g.op("Reshape", y, wide), i64([0]), size, i64([3]))
+    return y, g.op("Slice", final, i64([0]), size, i64([3]))
 
 
 # ----------------------------------------------------------------------------------------- functions
@@ -159,8 +148,14 @@ def functions(form: str, *, kernel: int, masked: bool, dt_limit: tuple[float, fl
         return []
     names = ("query", "key", "value", "past_state", "decay")
     body = Body("LinearAttention")
-    values = [body.input(name, "F32", None) for name in names]
-    _named(body, _linear_attention(body, *values), ("output", "present_state"))
+    query, key, value, past, decay = (body.input(name, "F32", None) for name in names)
+    h, n, p = (body.op("Shape", past, start=i, end=i + 1) for i in (1, 2, 3))
+    groups = body.op("Div", body.op("Shape", query, start=2, end=3), n)
+    y, final = linear_attention(
+        body, cut_any(body, body.op("Shape", query, start=1, end=2)), query, key, value, decay, past,
+        heads=h, groups=groups, state=n, head_dim=p,
+    )  # fmt: skip
+    _named(body, (body.op("Reshape", y, body.constant([0, 0, -1])), final), ("output", "present_state"))
     attention = {"update_rule": None, "scale": None, "q_num_heads": None, "kv_num_heads": None}
     found = [body.to_function(CONTRIB, attention)]
     if form == "custom":
@@ -174,17 +169,20 @@ def functions(form: str, *, kernel: int, masked: bool, dt_limit: tuple[float, fl
         body = Body("Mamba2Scan")
         inputs = ["x", "dt_raw", "A", "B", "C", "D", "dt_bias", "state", *mask]
         arguments = [*(body.input(name, "F32", None) for name in inputs), *([] if masked else [None])]
-        heads, groups = (
+        kv, q = (
             ir.RefAttr(theirs, ours, ir.AttributeType.INT)
             for theirs, ours in (("kv_num_heads", "heads"), ("q_num_heads", "groups"))
         )
-        pair = _scan(body, "contrib", *arguments, heads=heads, groups=groups, dt_limit=dt_limit)  # type: ignore[arg-type]
+        by_head = body.op("Concat", body.constant([0, 0]), body.op("Shape", arguments[2]), body.constant([-1]), axis=0)
+        contrib = partial(_contrib_attention, heads=kv, groups=q)
+        pair = _scan(body, *arguments, by_head=by_head, dt_limit=dt_limit, attention=contrib)  # type: ignore[arg-type]
         _named(body, pair, ("y", "final_state"))
         found.append(body.to_function(OURS, {"groups": None, "heads": None, "dt_limit": [0.0, math.inf]}))
     return found
 
 
-def _named(body: Body, outputs: Pair, names: tuple[str, str]) -> None:
-    body.outputs = list(outputs)
+def _named(body: Body, outputs: Result, names: tuple[str, str]) -> None:
     for value, name in zip(outputs, names, strict=True):
+        assert value is not None
         value.name = name
+        body.outputs.append(value)

@@ -12,15 +12,17 @@ import numpy as np
 from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
-from matexport.families import Family, family_of, with_options
+from matexport.families import Family, Forward, family_of, with_options
 from matexport.graph.builder import Graph
 from matexport.graph.encoding import METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
-from matexport.parity.comparison import TOLERANCES, Comparison, compare
+from matexport.parity.comparison import Comparison, compare_outputs, kind_of
+from matexport.parity.engines import check_engine, check_golden, fitting_inputs
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
 from matexport.parity.quality import quality
 from matexport.parity.report import Report
 from matexport.planning import Plan, PlannedTensor, whole
+from matexport.runtimes.tensorrt import require_engine
 from matexport.slice_table import FFN, Row
 from matexport.targets import Target, target_named
 from matexport.tensors import FLOATS
@@ -55,24 +57,31 @@ def verify_artefact(
     manifest = _manifest(artefact, row)
     if manifest["kind"] == BUNDLE:
         return _verify_bundle(artefact, manifest, source, inputs, progress)
+    kind = manifest["kind"]
+    if kind not in CHECKS:
+        raise InputError(f"cannot verify an artefact of kind {kind!r}", where=str(artefact), fix="update matexport")
     record = _record(manifest, source, row)
     plan = family.plan_slice(source, row or _row_of(manifest, record, family, artefact), None)
     plan = with_options(plan, family, *_options_of(record, artefact))
     samples = family.sample_inputs(source.config, SAMPLES, SEED)
+    if manifest["kind"] == "engine":
+        require_engine(artefact, manifest)  # before the oracle is made
+        samples = fitting_inputs(samples, manifest, str(artefact))
     given, labels = inputs is not None, _labels(inputs or {}, samples)
     inputs = samples if inputs is None else _checked(inputs, samples)
     source.fetch(source.tensors)
     progress("the oracle")
-    want = family.load_oracle(source, plan.layers, plan.dtype)(inputs)
-    kind = manifest["kind"]
-    check = {"checkpoint": _check_checkpoint, "onnx": _check_onnx, "engine": _check_engine}.get(kind)
-    if check is None:
-        raise InputError(f"cannot verify an artefact of kind {kind!r}", where=str(artefact), fix="update matexport")
+    oracle = family.load_oracle(source, plan.layers, plan.dtype)
+    want = oracle(inputs)
     progress(f"the {kind}")
     files = prove_files(artefact, manifest) if manifest_path(artefact).is_file() else []
-    subject = Subject(artefact, manifest, record, source, family, plan, given, labels)
+    subject = Subject(artefact, manifest, record, source, family, plan, oracle, given, labels)
+    if kind == "engine" and not all(comparison.passed for comparison in files):
+        detail = "is not loaded: it is native code, and not what was built"
+        found = [Comparison(artefact.name, kind, False, 0.0, detail=detail)]
+        return Report(artefact.name, source.name, plan.name, (*found, *files), _described(given))
     try:
-        found = check(subject, inputs, want)
+        found = CHECKS[kind](subject, inputs, want)
     except InputError as e:
         if all(comparison.passed for comparison in files):
             raise
@@ -198,6 +207,7 @@ class Subject:
     source: Checkpoint
     family: Family
     plan: Plan
+    oracle: Forward
     given: bool
     labels: np.ndarray | None
 
@@ -216,11 +226,11 @@ def _check_checkpoint(subject: Subject, inputs: Outputs, want: Outputs) -> list[
     found = [*_prove(stored, plan.tensors, subject.source), *_check_config(subject, standalone)]
     if all(comparison.passed for comparison in found):  # else the model may not even load
         got = family.load_slice(standalone)(inputs)
-        found += _compare_outputs("checkpoint", got, want, family)
+        found += compare_outputs("checkpoint", got, want, family)
         stock = family.load_stock(standalone)
         if stock is not None:
             got = stock(inputs)
-            found += _compare_outputs("stock", got, {name: want[name] for name in want if name in got}, family)
+            found += compare_outputs("stock", got, {name: want[name] for name in want if name in got}, family)
     return found
 
 
@@ -239,26 +249,6 @@ def _check_config(subject: Subject, standalone: Checkpoint) -> list[Comparison]:
     return found or [Comparison("config.json", "config", True, 0.0)]
 
 
-def _compare_outputs(kind: str, got: Outputs, want: Outputs, family: Family) -> list[Comparison]:
-    """Every output with the oracle's, and what was decoded step by step with what was computed at once."""
-    own = f"{kind} {family.NAME}"
-    kind = own if own in TOLERANCES else kind
-    missing = [Comparison(name, kind, False, 0.0, detail="is not an output") for name in want if name not in got]
-    found = missing + [compare(name, kind, got[name], want[name]) for name in want if name in got]
-    lossy = kind.removesuffix(f" {family.NAME}").startswith("onnx ")  # in fewer bits: all is compared with the oracle
-    for name in got:
-        step, _, output = name.partition(".")
-        if step.partition("@")[0] != "decode" or output not in want:
-            continue
-        if lossy:
-            found += [compare(name, kind, got[name], want[output])] if name not in want else []
-            continue
-        exact, own = f"whole.{output}" in got, f"decode {family.NAME}"
-        kind = "decode" if exact or own not in TOLERANCES else own
-        found.append(compare(name, kind, got[name], got[f"whole.{output}"] if exact else want[output]))
-    return found
-
-
 def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
     from matexport.runtimes.ort import kernels, load_onnx, stored_weights
 
@@ -267,7 +257,6 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     target = target_named(str(subject.manifest.get("target")), "onnx", str(subject.manifest.get("form")))
     graphs = _planned_graphs(subject, target)
     quantize = subject.manifest.get("quantize")
-    dtype = subject.manifest.get("dtype", "float32")
     inner = artefact / target.folder
     files = [artefact] if artefact.is_file() else [inner / name for name in graphs]
     found = []
@@ -283,15 +272,15 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     # an elastic one has the channels of its convolution in another order; the loss of quantised ones is that of outputs
     left_out = "states." if quantize else "states.conv" if subject.manifest.get("elastic") else "no such name"
     want = {name: array for name, array in want.items() if left_out not in name}
-    kind = f"onnx {quantize}" if quantize else f"onnx {dtype}" if dtype != "float32" else "onnx"
+    kind = kind_of("onnx", subject.manifest)
     got = load_onnx(*files)(inputs)
-    found += _compare_outputs(kind, got, want, subject.family)
+    found += compare_outputs(kind, got, want, subject.family)
     if subject.given and got.keys() & want.keys() >= {"logits"}:
         worth = quality(inputs, subject.labels, got["logits"], want["logits"])
         found = [replace(c, quality=worth) if (c.name, c.kind) == ("logits", kind) else c for c in found]
     if subject.manifest.get("form") == "custom" and kernels():
         kind = "functions" if kind == "onnx" else kind
-        found += _compare_outputs(kind, load_onnx(*files, library=False)(inputs), want, subject.family)
+        found += compare_outputs(kind, load_onnx(*files, library=False)(inputs), want, subject.family)
     return found
 
 
@@ -313,12 +302,23 @@ def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
 
 
 def _check_engine(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
-    from matexport.runtimes.tensorrt import refuse_engine
+    return check_engine(subject.artefact, subject.manifest, subject.family, inputs, want)
 
-    refuse_engine(subject.artefact, subject.manifest)
+
+def _check_kit(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
+    """Its ONNX folder like any other, and its golden values."""
+    folder, manifest = subject.artefact / "onnx", read_manifest(subject.artefact / "onnx")
+    inner = replace(subject, artefact=folder, manifest=manifest, record=_record(manifest, subject.source, None))
+    if manifest.get("slice") != subject.manifest.get("slice"):
+        raise InputError("is of another slice than its ONNX folder", where=str(subject.artefact), fix="write it again")
+    golden = check_golden(subject.artefact, subject.manifest, subject.family, subject.oracle, folder / "model.onnx")
+    return _check_onnx(inner, inputs, want) + golden
 
 
 def _prove(stored: Mapping[str, Stored], planned: Mapping[str, PlannedTensor], source: Checkpoint) -> list[Comparison]:
     found = [prove_tensor(name, entry, planned.get(name), source) for name, entry in stored.items()]
     missing = sorted(planned.keys() - stored.keys())
     return found + [Comparison(name, "provenance", False, 0.0, detail="the tensor is missing") for name in missing]
+
+
+CHECKS = {"checkpoint": _check_checkpoint, "onnx": _check_onnx, "engine": _check_engine, "kit": _check_kit}

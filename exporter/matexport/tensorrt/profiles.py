@@ -12,6 +12,7 @@ Axis = tuple[int, int, int]  # min, opt and max size of one dynamic axis
 
 IMAGES, SEQUENCES = (1, 8, 64), (1, 1, 8)  # batch sizes: of what has no tokens, of what has
 LENGTH, CONTEXT = (1, 128, 2048), 32768  # new tokens, and all tokens at most
+PAST = "past_sequence"  # the axis of a cache
 
 
 def profiles(
@@ -29,10 +30,11 @@ def profiles(
     Raises:
         InputError: shapes that do not fit the inputs, or each other.
     """
-    axes = {**_defaults(inputs), **_given_axes(inputs, given, where)}
+    own = _given_axes(inputs, given, where)
+    axes = {**_defaults(inputs), **own}
     if "sequence" in axes and "total_sequence" in axes:
         low, best, high = axes["sequence"]
-        if not any(size == "total_sequence" for name in given for size in inputs[name]):
+        if "total_sequence" not in own:
             axes["total_sequence"] = low, best, max(CONTEXT, high)
         for new, every in zip(axes["sequence"], axes["total_sequence"], strict=True):
             if every < new:
@@ -41,7 +43,15 @@ def profiles(
     found = {"default": axes}
     if "sequence" in axes and axes["sequence"][0] == 1 < axes["sequence"][2]:
         found = {"prefill": axes, "decode": {**axes, "sequence": (1, 1, 1)}}
+    if PAST in axes and PAST not in own:  # a cache of the tokens before the new ones
+        found = {name: {**sizes, PAST: _past(sizes)} for name, sizes in found.items()}
     return {name: {i: _shapes(shape, sizes) for i, shape in inputs.items()} for name, sizes in found.items()}
+
+
+def _past(axes: Mapping[str, Axis]) -> Axis:
+    """The length of a cache: all tokens but the new ones, and 0 before the first one."""
+    (short, best, _), (_, best_total, longest) = axes["sequence"], axes["total_sequence"]
+    return 0, best_total - best, longest - short
 
 
 def _defaults(inputs: Mapping[str, tuple[int | str, ...]]) -> dict[str, Axis]:
@@ -66,9 +76,10 @@ def _given_axes(
         for i, axis in enumerate(shape):
             if isinstance(axis, str):
                 low, best, high = (one[i] for one in shapes)
-                if not 1 <= low <= best <= high:
+                least = 0 if axis == PAST else 1
+                if not least <= low <= best <= high:
                     what = f"axis {axis!r} of input {name!r} is {low}, {best} and {high} at least, at best, at most"
-                    raise InputError(what, where=where, fix="give shapes that grow, from 1")
+                    raise InputError(what, where=where, fix=f"give shapes that grow, from {least}")
                 known, other = axes.setdefault(axis, ((low, best, high), name))
                 if known != (low, best, high):
                     what = f"inputs {other!r} and {name!r} differ in the axis that they share, {axis!r}"

@@ -34,8 +34,8 @@ class Source:
 
     @property
     def tf32(self) -> bool:
-        """Whether products of float32 may be rounded to TF32: not where all is float32, which then means float32."""
-        return self.precisions != ("float32",)
+        """Whether products of float32 may be rounded to TF32: not in a model of float32, which then means float32."""
+        return bool(self.manifest.get("dtype", "float32") != "float32")
 
     def describe(self, target: Target) -> dict[str, Any]:
         """What the manifests of an engine and of a kit share."""
@@ -45,7 +45,7 @@ class Source:
             "matexport": __version__,
             **{key: self.manifest[key] for key in ("family", "slice", "source")},
             **({"origin": short} if "origin" in self.manifest else {}),
-            **({"quantize": self.manifest["quantize"]} if "quantize" in self.manifest else {}),
+            **{key: self.manifest[key] for key in ("quantize", "dtype") if key in self.manifest},
             "target": target.name,
             "form": self.manifest["form"],
             "capabilities": list(target.capabilities),

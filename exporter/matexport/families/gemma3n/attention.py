@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from matexport.families.gemma3n.config import FULL, SLIDING
 from matexport.families.gemma3n.parts import Parts
-from matexport.graph.builder import NUMPY
+from matexport.graph.builder import DTYPES
 from matexport.graph.quantized import CONTRIB
 
 BASES = {SLIDING: ("rope_local_base_freq", 10_000.0), FULL: ("rope_theta", 1_000_000.0)}
@@ -49,8 +49,9 @@ class Attention:
             value = self._heads(x, f"{name}.v_proj", None, text.kv_heads)
             self.kept[i] = self._grown(i, "key", key), self._grown(i, "value", value)
         key, value = self.kept[i if i < text.first else text.donors()[i]]
-        y = g.op("Transpose", self._attend(query, key, value, self._seen[kind]), perm=[0, 2, 1, 3])
-        return p.linear(g.op("Reshape", y, g.constant([-1, text.heads * text.head_dim])), f"{name}.o_proj")
+        y = self._attend(p.narrowed(query), key, value, self._seen[kind])
+        y = g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), g.constant([-1, text.heads * text.head_dim]))
+        return p.linear(p.is_narrow(y), f"{name}.o_proj")
 
     def declare_outputs(self) -> None:
         g, text = self.p.g, self.p.text
@@ -61,13 +62,13 @@ class Attention:
 
     # --------------------------------------------------------------------------- once for all layers
     def _sight(self, mask: ir.Value, new: ir.Value) -> dict[str, ir.Value]:
-        """For each kind of layer what is added to the scores: (b, 1, T, S), 0 or a number that hides.
+        """For each kind of layer what is added to the scores: (b, 1, T, S), 0 or a number that hides them.
 
         A query sees real tokens up to itself; in a sliding layer only the last ones, counted without padding: then a
         row is as if it ran alone, wherever its padding stands.
         """
-        g, i64, found = self.p.g, self.p.g.constant, {}
-        hidden = float(np.finfo(NUMPY.get(g.dtype, np.float32)).min) / 2  # halved: scores are added to it
+        p, g, i64, found = self.p, self.p.g, self.p.g.constant, {}
+        hidden = -(2.0**15 if g.dtype == "F16" else 2.0**126)  # half of the lowest number: scores are added to it
         with g.scope("sight"):
             total = g.op("Shape", mask, start=1, end=2)
             first = g.op("Neg", g.op("Shape", new, start=1, end=2))
@@ -75,25 +76,25 @@ class Attention:
             queries = g.op("Unsqueeze", g.op("Slice", keys, first, total), i64([1]))
             real = g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.BOOL)), i64([1]))
             past = g.op("And", g.op("LessOrEqual", keys, queries), real)  # (b, T, S)
-            for kind in sorted(set(self.p.text.types)):
+            for kind in sorted(set(p.text.types)):
                 allowed = past
                 if kind == SLIDING:
                     count = g.op("CumSum", mask, i64(1))
                     own = g.op("Unsqueeze", g.op("Slice", count, first, total, i64([1])), i64([2]))
                     distance = g.op("Sub", own, g.op("Unsqueeze", count, i64([1])))
-                    window = i64(int(self.p.config.get("sliding_window", 512)))
+                    window = i64(int(p.config.get("sliding_window", 512)))
                     allowed = g.op("And", past, g.op("Less", distance, window))
-                seen = g.op("Where", allowed, g.constant(0.0, g.dtype), g.constant(hidden, g.dtype))
-                found[kind] = self._stacked(g.op("Unsqueeze", seen, i64([1])))
+                seen = g.op("Unsqueeze", g.op("Where", allowed, p.constant(0.0), p.constant(hidden)), i64([1]))
+                found[kind] = p.narrowed(seen) if p.fused else self._stacked(seen)
         return found
 
     def _stacked(self, seen: ir.Value) -> ir.Value:
-        """The same for each of the heads that share keys and values, if these are stacked."""
+        """The same for each of the heads that share keys and values, one above the other."""
         each = self.p.text.heads // self.p.text.kv_heads
-        return seen if self.p.fused or each == 1 else self.p.g.op("Concat", *[seen] * each, axis=2)
+        return seen if each == 1 else self.p.g.op("Concat", *[seen] * each, axis=2)
 
     def _rotations(self, positions: ir.Value) -> dict[str, list[ir.Value]]:
-        """For each kind of layer cosine and sine of half the head's angles, computed in float32 whatever the model is.
+        """For each kind of layer cosine and sine of half the head's angles, computed in float32 as in transformers.
 
         (b, T, head_dim / 2) at opset 23, (N, head_dim / 2) with the row of each token for ONNX Runtime's operator, and
         (b, 1, T, head_dim), both halves, where it is spelled.
@@ -114,7 +115,9 @@ class Attention:
                 if not (p.fused or p.contrib):
                     steps = np.concatenate([steps, steps])
                 angle = g.op("Mul", position, g.constant(steps, "F32"))
-                found[kind] = [*index, *(p.cast(g.op(op, angle), g.dtype) for op in ("Cos", "Sin"))]
+                both = (g.op(op, angle) for op in ("Cos", "Sin"))
+                to = int(DTYPES[p.wide])
+                found[kind] = [*index, *(part if p.wide == "F32" else g.op("Cast", part, to=to) for part in both)]
         return found
 
     # -------------------------------------------------------------------------------------- by layer
@@ -139,17 +142,17 @@ class Attention:
         g, text = self.p.g, self.p.text
         shape: list[int | str] = ["batch", text.kv_heads, "past_sequence", text.head_dim]
         past = g.input(f"past_key_values.{i}.{kind}", g.dtype, shape)
-        return g.op("Concat", past, new, axis=2)
+        return g.op("Concat", past, self.p.narrowed(new), axis=2)
 
     def _attend(self, query: ir.Value, key: ir.Value, value: ir.Value, seen: ir.Value) -> ir.Value:
         """softmax(Q K^T + seen) V; there is no factor before the softmax."""
         p, g, text = self.p, self.p.g, self.p.text
         if p.fused:
-            return g.op("Attention", query, key, value, seen, scale=1.0)
+            return g.op("Attention", query, key, value, seen, scale=1.0, softmax_precision=int(DTYPES[p.wide]))
         i64, size = g.constant, text.head_dim
         query = g.op("Reshape", query, i64([0, text.kv_heads, -1, size]))
         scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]))  # fused by ONNX Runtime
-        weights = g.op("Softmax", g.op("Add", scores, seen), axis=-1)
+        weights = p.narrowed(g.op("Softmax", g.op("Add", p.widened(scores), seen), axis=-1))
         return g.op("Reshape", g.op("MatMul", weights, value), i64([0, text.heads, -1, size]))
 
 

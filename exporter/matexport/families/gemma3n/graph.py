@@ -55,8 +55,8 @@ def split_graphs(plan: Plan, form: str = "stock", **options: Any) -> dict[str, G
     with first.g.scope("model"):
         found = embed(first, ids)
     for value, (name, shape) in zip(found, shapes.items(), strict=True):
-        first.g.output(value, name, first.g.dtype, shape)
-    embeds, own = (second.g.input(name, second.g.dtype, shape) for name, shape in shapes.items())
+        first.g.output(value, name, first.wide, shape)
+    embeds, own = (second.g.input(name, second.wide, shape) for name, shape in shapes.items())
     _Decoder(second, embeds).run(embeds, own)
     return {EMBED: first.g, DECODER: second.g}
 
@@ -88,14 +88,14 @@ class _Decoder:
                 logits = self.p.scaled(g.op("Tanh", self.p.scaled(logits, 1 / cap)), cap)
             shape = g.op("Concat", self.attention.steps, g.constant([text.vocab]), axis=0)
             logits = g.op("Reshape", logits, shape)
-        g.output(logits, "logits", g.dtype, ["batch", "sequence", text.vocab])
+        g.output(logits, "logits", self.p.wide, ["batch", "sequence", text.vocab])
         self.attention.declare_outputs()
 
     # -------------------------------------------------------------------------- before and after all
     def _inputs(self, x: ir.Value, own: ir.Value) -> list[ir.Value]:
         """Each layer's own input (N, p): what it makes of the embedding, and its part of the table's row."""
         p, g, text = self.p, self.g, self.text
-        made = p.linear(x, PER_LAYER_PROJECTION.removesuffix(".weight"), factor=text.hidden**-0.5)
+        made = p.scaled(p.linear(x, PER_LAYER_PROJECTION.removesuffix(".weight")), text.hidden**-0.5)
         made = p.norm(g.op("Reshape", made, g.constant([-1, text.layers, text.per_layer])), "per_layer_projection_norm")
         inputs = p.scaled(g.op("Add", made, own), math.sqrt(0.5))
         parts = g.ops("Split", inputs, axis=1, num_outputs=text.layers, outputs=text.layers)
@@ -149,20 +149,20 @@ class _Decoder:
 
     def _modalities(self, x: ir.Value, name: str) -> ir.Value:
         normed = self.p.norm(x, f"{name}.altup.router_norm")
-        return self.g.op("Tanh", self.p.linear(normed, f"{name}.altup.modality_router", factor=1 / self.text.hidden))
+        return self.g.op("Tanh", self.p.small(normed, f"{name}.altup.modality_router", factor=1 / self.text.hidden))
 
     def _predicted(self, stack: ir.Value, active: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         """Each of the stack is itself and a mixture of all, as the active one says."""
         g, a = self.g, self.text.altup
-        itself = g.constant(np.eye(a).reshape(-1), g.dtype)
-        mixture = self.p.linear(self._modalities(active, name), f"{name}.altup.prediction_coefs", bias=itself)
+        itself = self.p.constant(np.eye(a).reshape(-1))
+        mixture = self.p.small(self._modalities(active, name), f"{name}.altup.prediction_coefs", bias=itself)
         stack = g.op("MatMul", g.op("Reshape", mixture, g.constant([-1, a, a])), stack)
         return stack, self._active(stack)
 
     def _corrected(self, stack: ir.Value, active: ir.Value, x: ir.Value, name: str) -> ir.Value:
         """Each of the stack takes its share of what the layer changed."""
-        g, one = self.g, self.g.constant(np.ones(self.text.altup), self.g.dtype)
-        share = self.p.linear(self._modalities(x, name), f"{name}.altup.correction_coefs", bias=one)
+        g, one = self.g, self.p.constant(np.ones(self.text.altup))
+        share = self.p.small(self._modalities(x, name), f"{name}.altup.correction_coefs", bias=one)
         innovation = g.op("Unsqueeze", g.op("Sub", x, active), g.constant([1]))
         return g.op("Add", stack, g.op("Mul", innovation, g.op("Unsqueeze", share, g.constant([2]))))
 
@@ -174,7 +174,7 @@ class _Decoder:
         x = g.op("Gelu", p.linear(x, f"{name}.per_layer_input_gate"), approximate="tanh")
         x = p.linear(g.op("Mul", x, own), f"{name}.per_layer_projection")
         x = g.op("Unsqueeze", p.norm(x, f"{name}.post_per_layer_input_norm"), g.constant([1]))
-        return g.op("Mul", x, g.constant(np.array([0.0] + [1.0] * (self.text.altup - 1))[:, None], g.dtype))
+        return g.op("Mul", x, p.constant(np.array([0.0] + [1.0] * (self.text.altup - 1))[:, None]))
 
     def _mlp(self, i: int, x: ir.Value) -> ir.Value:
         p, g, name, sparsity = self.p, self.g, f"layers.{i}.mlp", self.text.sparsity[i]
@@ -182,8 +182,7 @@ class _Decoder:
         if sparsity > 0:  # what lies above mean + k deviations, k the quantile of that share
             with g.scope("sparsity"):
                 gate = g.op("Sub", gate, g.op("ReduceMean", gate, g.constant([-1]), keepdims=1))
-                length = g.op("ReduceL2", gate, g.constant([-1]), keepdims=1)
-                deviations = NormalDist().inv_cdf(sparsity) / math.sqrt(self.text.widths[i])
-                gate = g.op("Relu", g.op("Sub", gate, p.scaled(length, deviations)))
+                cutoff = p.scaled(p.magnitude(gate), NormalDist().inv_cdf(sparsity))
+                gate = g.op("Relu", g.op("Sub", gate, cutoff))
         gate = g.op("Gelu", gate, approximate="tanh")
         return p.linear(g.op("Mul", gate, p.linear(x, f"{name}.up_proj")), f"{name}.down_proj", inner=True)

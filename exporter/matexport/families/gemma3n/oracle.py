@@ -90,10 +90,9 @@ def _load_whole(checkpoint: Checkpoint, dtype: str | None) -> Any:
 
 
 def _forward(model: Any, *, decode: bool) -> Forward:
-    """Logits without a cache; with `decode` also those of a prefill of half of the tokens and single steps.
-
-    Steps are compared in float64 where the model is small enough: in fp32, dozens of AltUp layers with random weights
-    amplify the rounding of another order of summation to 0.7 % of the largest logit.
+    """Logits without a cache, in float64 too where the model is small enough; with `decode` also those of a prefill of
+    half of the tokens and single steps, in the higher precision: in fp32, dozens of layers that change the stream by
+    more than its size, as with random weights, turn another order of summation into 0.7 % of the largest logit.
     """
 
     @torch.no_grad()
@@ -103,7 +102,7 @@ def _forward(model: Any, *, decode: bool) -> Forward:
             fix = f"give rows of at least two ids from 0 to {rows - 1}"
             raise InputError("input 'input_ids' is out of range", where="--inputs", fix=fix)
         found = {"logits": model.float()(input_ids=ids, use_cache=False).logits.numpy()}
-        if decode and model.num_parameters() < SMALL:
+        if model.num_parameters() < SMALL:
             found["whole.logits"] = model.double()(input_ids=ids, use_cache=False).logits.numpy()
         if decode:
             found["decode.logits"] = _decode(model, ids)

@@ -24,6 +24,9 @@ FUSED = 23  # the opset from which on ai.onnx has a node each for RMSNorm, rotar
 class Parts:
     """A graph that is being written down, and the plan that it is of.
 
+    Products with large matrices and those of attention are computed in `dtype`, all between them in float32: the AltUp
+    stack and its small matrices, norms, rotary angles, softmax, logits. (With F64 all is float64.)
+
     Args:
         form: "stock" has ai.onnx operators alone; the others take ONNX Runtime's own where that saves nodes.
         opset: from 23 on, ai.onnx has what saves most of them.
@@ -40,29 +43,31 @@ class Parts:
         self.text = read_config(plan.config, "config.json")
         self.tensors, self.elastic = plan.tensors, elastic
         self.fused, self.contrib = opset >= FUSED, form != "stock" and opset < FUSED
+        self.wide = "F64" if dtype == "F64" else "F32"  # what all between products is computed in
         self.prefix = INNER if INNER + EMBEDDING in plan.tensors else TEXT
+        self._narrowed: dict[ir.Value, ir.Value] = {}
         self.epsilon = float(self.config.get("rms_norm_eps", 1e-6))
 
     # -------------------------------------------------------------------------------------- weights
     def weight(self, name: str) -> ir.Value:
-        return self.g.weight(self.prefix + name, self.tensors[self.prefix + name])
+        return self.g.weight(self.prefix + name, self.tensors[self.prefix + name], dtype=self.wide)
 
-    def linear(
-        self, x: ir.Value, name: str, *, factor: float = 1.0, bias: ir.Value | None = None, inner: bool = False
-    ) -> ir.Value:
-        """factor * x W^T + bias for x (N, k) and a weight (n, k); `inner`: one whose columns are nested."""
+    def linear(self, x: ir.Value, name: str, *, inner: bool = False) -> ir.Value:
+        """x W^T for x (N, k) and a weight (n, k); `inner`: one whose columns are nested."""
         g, full = self.g, f"{self.prefix}{name}.weight"
         tensor = self.tensors[full]
         with g.scope(name.rpartition(".")[2]):
-            if g.quantize and min(tensor.shape) >= BLOCK:  # AltUp's matrices of a few rows are not worth it
-                y = quantized.linear(g, x, [(full, tensor)], g.quantize)[0]
-            elif inner and self.elastic:
-                y = g.op("MatMul", x, g.weight(full, tensor, transposed=True))
-            else:
-                scale: dict[str, Any] = {} if factor == 1 else {"alpha": factor}
-                return g.op("Gemm", x, g.weight(full, tensor), bias, transB=1, **scale)
-            y = y if factor == 1 else self.scaled(y, factor)
-            return y if bias is None else g.op("Add", y, bias)
+            if g.quantize and min(tensor.shape) >= BLOCK:
+                return quantized.linear(g, x, [(full, tensor)], g.quantize)[0]
+            if inner and self.elastic:
+                return self.widened(g.op("MatMul", self.narrowed(x), g.weight(full, tensor, transposed=True)))
+            return self.widened(g.op("Gemm", self.narrowed(x), g.weight(full, tensor), transB=1))
+
+    def small(self, x: ir.Value, name: str, *, factor: float = 1.0, bias: ir.Value | None = None) -> ir.Value:
+        """factor * x W^T + bias for one of AltUp's matrices of a few rows, which always are float32."""
+        with self.g.scope(name.rpartition(".")[2]):
+            scale: dict[str, Any] = {} if factor == 1 else {"alpha": factor}
+            return self.g.op("Gemm", x, self.weight(f"{name}.weight"), bias, transB=1, **scale)
 
     def rows(self, ids: ir.Value, name: str) -> ir.Value:
         """Rows of a table, which is never cast or copied whole."""
@@ -70,7 +75,7 @@ class Parts:
         if quantized.gathers(tensor, g.quantize):
             assert g.quantize
             return quantized.gather(g, ids, self.prefix + name, tensor, g.quantize)
-        return g.gather(self.prefix + name, tensor, ids)
+        return self.widened(g.gather(self.prefix + name, tensor, ids))
 
     def logits(self, x: ir.Value) -> ir.Value:
         """x (N, h) times the head, or the embedding where that is the head too."""
@@ -78,7 +83,7 @@ class Parts:
         name = HEAD if HEAD in self.tensors else self.prefix + EMBEDDING
         if g.quantize and (name == HEAD or quantized.gathers(self.tensors[name], g.quantize)):
             return quantized.linear(g, x, [(name, self.tensors[name])], g.quantize)[0]
-        return g.op("Gemm", x, g.weight(name, self.tensors[name]), transB=1)
+        return self.widened(g.op("Gemm", self.narrowed(x), g.weight(name, self.tensors[name]), transB=1))
 
     # ------------------------------------------------------------------------------------ functions
     def norm(self, x: ir.Value, name: str | None) -> ir.Value:
@@ -87,23 +92,41 @@ class Parts:
         with g.scope(name.rpartition(".")[2] if name else "v_norm"):
             if self.fused or self.contrib:
                 ones = np.ones(self.text.head_dim)
-                weight = self.weight(f"{name}.weight") if name else g.constant(ones, g.dtype)
+                weight = self.weight(f"{name}.weight") if name else self.constant(ones)
                 op = "RMSNormalization" if self.fused else "SimplifiedLayerNormalization"
                 return g.op(op, x, weight, axis=-1, epsilon=self.epsilon, stash_type=1)
             # spelled as ONNX Runtime recognises it
-            mean = g.op("ReduceMean", g.op("Pow", x, g.constant(2.0, g.dtype)), g.constant([-1]), keepdims=1)
-            y = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.constant(self.epsilon, g.dtype))))
+            mean = g.op("ReduceMean", g.op("Pow", x, self.constant(2.0)), g.constant([-1]), keepdims=1)
+            y = g.op("Div", x, g.op("Sqrt", g.op("Add", mean, self.constant(self.epsilon))))
             return y if name is None else g.op("Mul", y, self.weight(f"{name}.weight"))
 
     def scaled(self, x: ir.Value, factor: float) -> ir.Value:
-        return self.g.op("Mul", x, self.g.constant(factor, self.g.dtype))
+        return self.g.op("Mul", x, self.constant(factor))
 
     def magnitude(self, x: ir.Value, least: float | None = None) -> ir.Value:
         """Root of the mean square over the last axis, whose mean square is at least `least`."""
         g = self.g
         mean = g.op("ReduceMean", g.op("Mul", x, x), g.constant([-1]), keepdims=1)
-        return g.op("Sqrt", mean if least is None else g.op("Max", mean, g.constant(least, g.dtype)))
+        return g.op("Sqrt", mean if least is None else g.op("Max", mean, self.constant(least)))
 
-    def cast(self, x: ir.Value, dtype: str) -> ir.Value:
-        """x, which is float32, in another type."""
-        return x if dtype == "F32" else self.g.op("Cast", x, to=int(DTYPES[dtype]))
+    def constant(self, array: Any) -> ir.Value:
+        """A constant in the type of what is between products."""
+        return self.g.constant(array, self.wide)
+
+    def narrowed(self, x: ir.Value) -> ir.Value:
+        """x in the type of products."""
+        if self.g.dtype == self.wide:
+            return x
+        if x not in self._narrowed:
+            self._narrowed[x] = self.g.op("Cast", x, to=int(DTYPES[self.g.dtype]))
+        return self._narrowed[x]
+
+    def is_narrow(self, x: ir.Value) -> ir.Value:
+        """x, which need not be narrowed any more."""
+        if self.g.dtype != self.wide:
+            self._narrowed[x] = x
+        return x
+
+    def widened(self, x: ir.Value) -> ir.Value:
+        """x, in the type of products, in that of what is between them."""
+        return x if self.g.dtype == self.wide else self.g.op("Cast", x, to=int(DTYPES[self.wide]))

@@ -69,15 +69,15 @@ def language_graph(
     States and logits are float32, whatever products are computed in.
     """
     g, prefix = Graph("matmamba_lm", dtype), PREFIXES["lm"]
-    blocks = Blocks(g, plan, form, prefix=prefix, length=None, masked=True, elastic=elastic, quantize=quantize)
-    embedding = EMBEDDINGS[1], plan.tensors[EMBEDDINGS[1]]
-
     ids = g.input("input_ids", "I64", ["batch", "sequence"])
     attention = g.input("attention_mask", "I64", ["batch", "total_sequence"])
+    length = g.op("Shape", ids, start=1, end=2)
     with g.scope("mask"):  # of the tokens that are new
-        length = g.op("Shape", ids, start=1, end=2)
         mask = g.op("Slice", attention, g.op("Neg", length), g.constant([1 << 60]), g.constant([1]))
         mask = g.op("Cast", mask, to=int(ir.DataType.BOOL))
+    blocks = Blocks(g, plan, form, prefix=prefix, length=length, masked=True, elastic=elastic, quantize=quantize)
+    embedding = EMBEDDINGS[1], plan.tensors[EMBEDDINGS[1]]
+
     if quantize and quantized.gathers(embedding[1], quantize):
         x = quantized.gather(g, ids, *embedding, quantize)
     else:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from matexport.graph import mamba2, quantized, stateful
+from matexport.graph import chunks, mamba2, quantized, stateful
 from matexport.graph.builder import Graph
 from matexport.planning import Plan, PlannedTensor
 
@@ -29,7 +29,7 @@ class Blocks:
     """Writes norms and mixers of one planned slice into a graph, in one form.
 
     Args:
-        length: the number of tokens where it is fixed and there are no states: form `stock` then scans by chunks.
+        length: the number of tokens, or the value (1) that has it. Where it is fixed there are no states.
         masked: whether steps may be masked.
         elastic: whether every weight of a narrower slice is a range of the wider one's bytes. The projection in then
             comes in parts; heads are the outermost axis of each, so B and C stand before x.
@@ -37,10 +37,10 @@ class Blocks:
     """
 
     def __init__(
-        self, g: Graph, plan: Plan, form: str, *, prefix: str, length: int | None, masked: bool,
+        self, g: Graph, plan: Plan, form: str, *, prefix: str, length: int | ir.Value, masked: bool,
         elastic: bool, quantize: str | None,
     ):  # fmt: skip
-        self.g, self.tensors, self.form, self.prefix, self.length = g, plan.tensors, form, prefix, length
+        self.g, self.tensors, self.form, self.prefix = g, plan.tensors, form, prefix
         self.elastic, self.quantize = elastic, quantize
         g.quantize = quantize
         ssm = plan.config.get("ssm_cfg") or {}
@@ -50,8 +50,11 @@ class Blocks:
         self.epsilon: float = plan.config.get("norm_epsilon", 1e-5)
         self.rms_norm: bool = plan.config.get("rms_norm", prefix != "")
         self.kernel = self.tensors[f"{prefix}layers.0.mixer.conv1d.weight"].shape[2]
-        if length is None or form != "stock":
-            g.functions = stateful.functions(form, kernel=self.kernel, masked=masked, dt_limit=self.dt_limit)
+        g.functions = stateful.functions(form, kernel=self.kernel, masked=masked, dt_limit=self.dt_limit)
+        self.chunks: chunks.Chunks | None = None
+        if form == "stock":
+            with g.scope("chunks"):
+                self.chunks = chunks.cut(g, length) if isinstance(length, int) else chunks.cut_any(g, length)
 
     def weight(self, name: str) -> ir.Value:
         return self.g.weight(name, self.tensors[name], dtype="F32")
@@ -116,9 +119,10 @@ class Blocks:
         heads, w = (self.tensors[f"{name}.{part}"].shape[0] for part in ("A_log", "norm.weight"))
         channels = self.tensors[f"{name}.conv1d.weight"].shape[0]
         gn = (channels - w) // 2
-        chunked = self.form == "stock" and self.length is not None
-        if states is None and not chunked:
+        if states is None and self.form != "stock":
             states = self._zeros(u, layer)
+        conv_state: ir.Value | None = None
+        scan_state: ir.Value | None = None
         z, xbc, dt = self._project(u, f"{name}.in_proj.weight", w, channels, heads, last_only)
         with g.scope("conv1d"):
             conv = self._channels(f"{name}.conv1d.weight", w), self._channels(f"{name}.conv1d.bias", w)
@@ -135,18 +139,14 @@ class Blocks:
         with g.scope("scan"):
             A = g.op("Neg", g.op("Exp", self.weight(f"{name}.A_log")))
             D, dt_bias = self.weight(f"{name}.D"), self.weight(f"{name}.dt_bias")
-            if states is None or last_only:
-                sizes = {"heads": heads, "head_dim": w // heads, "groups": groups, "state": gn // groups}
+            sizes = {"heads": heads, "head_dim": w // heads, "groups": groups, "state": gn // groups}
+            if last_only:
                 dt = mamba2.softplus(g, dt, dt_bias, self.dt_limit)
-                if last_only:
-                    y = mamba2.last_output(g, x, dt, A, B, self.last(C), D, **sizes)
-                else:
-                    assert self.length is not None
-                    y = mamba2.scan(g, x, dt, A, B, C, D, length=self.length, **sizes)
+                y = mamba2.last_output(g, x, dt, A, B, self.last(C), D, **sizes)
             else:
                 y, scan_state = stateful.mamba2_scan(
-                    g, self.form, x, dt, A, B, C, D, dt_bias, states.scan, mask,
-                    heads=heads, groups=groups, dt_limit=self.dt_limit,
+                    g, self.form, x, dt, A, B, C, D, dt_bias, states.scan if states else None, mask,
+                    **sizes, dt_limit=self.dt_limit, chunks=self.chunks,
                 )  # fmt: skip
         with g.scope("norm"):  # gate first; the mean is over the width in use, each group by itself
             y = g.op("Mul", y, mamba2.silu(g, z))
@@ -161,7 +161,8 @@ class Blocks:
             y = g.to_float32(g.op("MatMul", g.to_dtype(y), g.weight(out, self.tensors[out], transposed=True)))
         else:
             (y,) = self.linear(y, (out, self.tensors[out]))
-        return y, None if states is None or last_only else States(conv_state, scan_state)
+        known = conv_state is not None and scan_state is not None
+        return y, States(conv_state, scan_state) if known else None  # type: ignore[arg-type]
 
     def last(self, x: ir.Value) -> ir.Value:
         """The last step: x (b, T, m) -> (b, 1, m)."""
