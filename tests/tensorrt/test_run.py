@@ -6,10 +6,12 @@ runs what it is given is NOT tested here.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,10 @@ import pytest
 
 import cuda_kernels
 import matexport as mx
+import matexport_plugins
 from matexport.errors import InputError, MissingError
 from matexport.gpus import Gpu, find_gpus
+from matexport.manifest import read_manifest
 from matexport.runtimes import tensorrt as runtime
 from matexport.tensorrt import build
 from support import DIGITS, language_checkpoint, matexport
@@ -253,3 +257,65 @@ def test_gpus_are_found_by_their_driver(tmp_path: Path) -> None:
         subprocess.run(command, input=code, text=True, check=True, env=dict(os.environ))
         assert ", ".join(map(str, find_gpus(str(library)))) == found
     assert find_gpus("libno-such-driver.so.1") == ()
+
+
+# ------------------------------------------------------------------------------------------------- with plugins
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of the library of plugins the stand-in wants no more than its entrance; our ops it computes with ONNX Runtime."""
+    if matexport_plugins.ort_library() is None:
+        pytest.skip("there is no libmatexport_ort")
+    with pytest.MonkeyPatch.context() as patch:
+        if matexport_plugins.trt_library() is None:
+            path = tmp_path_factory.mktemp("library") / "libmatexport_cuda.so"
+            flags = ("-fno-exceptions",)
+            cuda_kernels.compile_for_cpu(path, cuda_kernels.KERNELS, "native/trt_plugin.cc", flags=flags)
+            patch.setattr(matexport_plugins, "trt_library", lambda: path)
+        yield
+
+
+WAYS = {
+    "cuda": ["--plugin=cuda"], "embedded": ["--plugin=cuda", "--embed-plugin"],
+    "in place": ["--plugin=cuda", "--in-place"], "triton": ["--plugin=triton"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_what_plugins_need_before_an_engine_is_loaded(
+    way: str, source: Path, gpu: list[Gpu], library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library is loaded, or allowed, or Python registers; new states are read where old ones were. Or it fails."""
+    built = matexport("trt", "-m", source, "-s", "half", "-o", tmp_path / "e", "--target", "tensorrt", *WAYS[way])
+    assert built.code == 0, built
+    plan = json.loads((tmp_path / "e" / "model.engine").read_text())
+    assert plan["plugins"]
+    assert len(plan["aliased"]) == (4 if way == "in place" else 0)
+    assert len(plan["embedded"]) == (way == "embedded")
+    verify = ("verify", "-m", tmp_path / "e", "--source", source)
+    with monkeypatch.context() as patch:  # in a process that does none of it
+        patch.setattr(runtime, "load_plugins", lambda *a: None)
+        with pytest.raises(InputError, match="Cannot find plugin: Mamba2Scan"):
+            runtime.open_engine(tmp_path / "e", read_manifest(tmp_path / "e"))
+    result = matexport(*verify)
+    assert result.code == 0, result
+    if way == "in place":
+        change(tmp_path / "e", aliases={})
+        assert matexport(*verify).code == 3  # the outputs that were bound are not what was written
+
+
+def test_plugins_that_cannot_be_loaded(
+    source: Path, gpu: list[Gpu], library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = matexport("trt", "-m", source, "-s", "half", "-o", tmp_path / "e", "--target", "tensorrt", "--plugin=cuda")
+    assert built.code == 0, built
+    manifest = read_manifest(tmp_path / "e")
+    (tmp_path / "e" / manifest["plugins"]["library"]).write_bytes(b"no library")
+    with pytest.raises(InputError, match=r"'libmatexport_cuda.so', cannot be loaded"):
+        runtime.open_engine(tmp_path / "e", manifest)
+    manifest["plugins"]["library"] = "../elsewhere.so"
+    with pytest.raises(InputError, match=r"'../elsewhere.so', cannot be loaded"):
+        runtime.open_engine(tmp_path / "e", manifest)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    with pytest.raises(MissingError, match="triton is not installed"):
+        runtime.open_engine(tmp_path / "e", {**manifest, "plugins": {"kind": "triton", "embedded": False}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,12 +92,43 @@ def open_engine(artefact: Path, manifest: Mapping[str, Any]) -> Engine:
     return engine
 
 
+def load_plugins(trt: Any, runtime: Any, artefact: Path, manifest: Mapping[str, Any]) -> None:
+    """Does what an engine with plugins needs before it is loaded; of another one, nothing.
+
+    Raises:
+        InputError: the library cannot be loaded.
+        MissingError: PyTorch or Triton, with which the plugins compute, is not installed.
+    """
+    plugins = manifest.get("plugins")
+    if plugins is None:
+        return
+    if plugins["kind"] == "triton":
+        for package in ("torch", "triton"):
+            if importlib.util.find_spec(package) is None:
+                what = f"its plugins are Triton kernels, and {package} is not installed"
+                raise MissingError(
+                    what, where=str(artefact), fix=f"pip install {package}, or build it with --plugin cuda"
+                )
+        from matexport_plugins.tensorrt_plugins import register
+
+        register(trt)
+    elif plugins["embedded"]:
+        runtime.engine_host_code_allowed = True
+    else:
+        library = str(plugins["library"])
+        if library not in manifest["files"] or trt.get_plugin_registry().load_library(str(artefact / library)) is None:
+            what = f"the library of its plugins, {library!r}, cannot be loaded"
+            raise InputError(what, where=str(artefact), fix="build it again: matexport trt --plugin cuda")
+
+
 class _Loaded:
     """An engine and a context of it, which runs on buffers of PyTorch."""
 
     def __init__(self, trt: Any, artefact: Path, manifest: Mapping[str, Any]) -> None:
         self.where, self.used, self._messages = str(artefact), set[str](), list[str]()
         self._runtime = trt.Runtime(_log(trt, self._messages))
+        load_plugins(trt, self._runtime, artefact, manifest)
+        self._aliases: dict[str, str] = manifest.get("aliases", {})  # states that are written over
         self._engine = self._runtime.deserialize_cuda_engine((artefact / "model.engine").read_bytes())
         if self._engine is None:
             raise self._error("cannot be loaded")
@@ -152,7 +184,9 @@ class _Loaded:
             raise self._error("does not take these inputs")
         for name in self.outputs:
             kind = getattr(torch, TYPES[self._engine.get_tensor_dtype(name).name])
-            buffers[name] = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=kind, device=DEVICE)
+            shape = tuple(self._context.get_tensor_shape(name))
+            shared = buffers.get(self._aliases.get(name, ""))
+            buffers[name] = torch.empty(shape, dtype=kind, device=DEVICE) if shared is None else shared
         held = {name: tensor if tensor.numel() else tensor.new_empty(1) for name, tensor in buffers.items()}
         for name, tensor in held.items():  # an address is wanted even of what is empty
             good = good and self._context.set_tensor_address(name, tensor.data_ptr())
