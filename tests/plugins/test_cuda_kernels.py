@@ -266,6 +266,14 @@ def test_a_step_has_many_loads_in_flight(ptx: Path) -> None:
 
 
 @needs_nvcc
+def test_a_convolution_has_many_loads_in_flight(ptx: Path) -> None:
+    kernels = [text for text in ptx.read_text().split(".visible .entry ")[1:] if re.match(r"\w*conv_rows\w*Li4E", text)]
+    assert len(kernels) == 3
+    for text in kernels:
+        assert re.findall(r"(ld|st)\.global", text)[-16:] == ["ld"] * 8 + ["st"] * 8
+
+
+@needs_nvcc
 def test_chunks_are_written_in_pairs(ptx: Path) -> None:
     """Two channels of y, and of the state, in one store wherever a row begins at an even element."""
     kernels = re.findall(r"entry (\w*scan_chunks\w*Lb0E\w*)\((.*?)(?=\.visible|\Z)", ptx.read_text(), re.S)
