@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+import matexport_plugins
 from matexport.cli.common import echo_json, echo_table, format_option
 from matexport.gpus import find_gpus
 
@@ -18,6 +19,7 @@ PARTS = (
     ("run ONNX", "onnxruntime", "onnxruntime", "pip install 'matexport[ort]'"),
     ("build RTX engines", "tensorrt_rtx", "tensorrt_rtx", "pip install 'matexport[rtx]'"),
     ("build TensorRT engines", "tensorrt", "tensorrt", "install TensorRT on the machine with the GPU"),
+    ("Triton kernels, PTX", "triton", "triton", "pip install triton"),
     ("custom ops", "matexport-plugins", "matexport_plugins", "pip install matexport-plugins"),
 )
 
@@ -37,6 +39,10 @@ def command(style: str) -> None:
         usable = spec is not None and spec.origin is not None
         version = _version(distribution) if usable else None
         found.append({"part": distribution, "for": purpose, "version": version, "install": None if usable else install})
+    library = matexport_plugins.trt_library()
+    install = None if library else "install matexport-plugins again, beside an nvcc"
+    version = matexport_plugins.__version__ if library else None
+    found.append({"part": "TensorRT plugins", "for": "trt --plugin cuda", "version": version, "install": install})
     gpus = ", ".join(map(str, find_gpus()))
     found.append({"part": "NVIDIA GPU", "for": "run engines", "version": gpus or None, "install": None})
     if style == "json":
