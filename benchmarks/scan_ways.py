@@ -219,10 +219,7 @@ def scan_ways(inputs: Arrays, s: Sizes, length: int, threads: int, mobius: str |
 
 # -------------------------------------------------------------------------------------- convolutions
 def conv_ours(g: Graph, v: Values) -> tuple[ir.Value, ir.Value]:
-    kernel = v["weight"].shape
-    return stateful.causal_conv1d(
-        g, "custom", v["x"], v["weight"], v["bias"], v["state"], None, kernel=int(kernel[2]) if kernel else 0
-    )
+    return stateful.causal_conv1d(g, "custom", v["x"], v["weight"], v["bias"], v["state"], None, None)
 
 
 def conv_with_state(g: Graph, v: Values) -> tuple[ir.Value, ir.Value]:

@@ -108,7 +108,7 @@ def test_no_more_chunks_than_sums_are_exact_for(monkeypatch: pytest.MonkeyPatch,
     """A length that would need more has longer chunks."""
     monkeypatch.setattr(chunks, "MOST", most)
     g = Graph("any")
-    g.output(chunks.cut_any(g, g.input("length", "I64", [1])).causal, "causal", "BOOL", ["l", "l"])
+    g.output(chunks.cut_any(g, g.input("length", "I64", [1])).causal, "causal", "F32", [1, 1, 1, 1, "l", "l"])
     model = ir.to_proto(g.to_model(producer_version="test", metadata={})).SerializeToString()
     for length in (1, 7, 64, 65, 300, 1000):
         found = in_onnxruntime(model, {"length": np.array([length])})[0]
@@ -116,8 +116,8 @@ def test_no_more_chunks_than_sums_are_exact_for(monkeypatch: pytest.MonkeyPatch,
         assert isinstance(pieces.count, int)
         assert isinstance(pieces.steps, int)
         assert pieces.count <= most
-        assert found.shape == (pieces.steps, pieces.steps)  # both ways of cutting agree
-        assert np.array_equal(found, np.tril(np.ones_like(found)))
+        assert found.shape == (1, 1, 1, 1, pieces.steps, pieces.steps)  # both ways of cutting agree
+        assert np.array_equal(found, np.triu(np.full_like(found, -np.inf), 1))
         assert 0 <= pieces.count * pieces.steps - length < pieces.steps
     feeds, A = inputs(200, 4, 2, 3)
     assert off(in_onnxruntime(scan_model(None, 4, 2, 3, 6, A), feeds), reference(feeds, A, 2)) < 1e-5
@@ -143,7 +143,7 @@ def test_split_sums_do_not_cancel() -> None:
     """Segment sums of steps of -400, where a difference of cumulative sums is off by a hundred times more."""
     v = -np.random.default_rng(0).uniform(0, 400, (1, 64)).astype(np.float32)
     g = Graph("sums")
-    g.output(chunks.segment_sums(g, g.input("v", "F32", [1, 64])), "s", "F32", [1, 64, 64])
+    g.output(chunks.segment_sums(g, g.input("v", "F32", [1, 64, 1]), 3)[0], "s", "F32", [1, 64, 64])
     model = ir.to_proto(g.to_model(producer_version="test", metadata={}))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     exact = np.cumsum(v.astype(np.float64), -1)
@@ -151,7 +151,7 @@ def test_split_sums_do_not_cancel() -> None:
     near = np.tril(np.ones((64, 64), bool)) & (exact[0] > -20)
     naive = np.cumsum(v, -1, dtype=np.float32)
     naive_error = np.abs((naive[:, :, None] - naive[:, None, :]) - exact)[0][near].max()
-    error = np.abs(session.run(None, {"v": v})[0] - exact)[0][near].max()
+    error = np.abs(session.run(None, {"v": v[..., None]})[0] - exact)[0][near].max()
     assert error < 4e-6
     assert naive_error > 100 * error
 

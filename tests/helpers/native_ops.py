@@ -110,9 +110,12 @@ def graph_bytes(op: Op, inputs: Mapping[str, np.ndarray], form: str, attributes:
     groups, dt_limit = attributes.get("groups", 1), attributes.get("dt_limit", (0.0, np.inf))
     kernel = 1
     if op is CONV:
-        kernel = inputs["weight"].shape[-1]
-        outputs = stateful.causal_conv1d(g, form, *given, kernel=kernel)
+        kernel, sizes = inputs["weight"].shape[-1], [g.op("Shape", values["x"], start=i, end=i + 1) for i in range(2)]
+        taps = stateful.taps(g, *sizes, values.get("mask"), kernel=kernel)
+        outputs = stateful.causal_conv1d(g, form, *given, taps)
     else:
+        if "mask" in inputs and form != "custom":
+            given[-1] = stateful.numbers(g, values["mask"])
         heads, length = len(inputs["A"]), g.op("Shape", values["x"], start=1, end=2)
         outputs = stateful.mamba2_scan(
             g, form, *given, heads=heads, head_dim=inputs["x"].shape[2] // heads, groups=groups,

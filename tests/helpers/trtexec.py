@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
+import onnx
 
 FLAGS = {"--skipInference", "--stronglyTyped", "--noTF32", "--dumpRawBindingsToFile"}
 VALUES = {
@@ -53,7 +54,10 @@ def main(version: int, arguments: list[str]) -> None:
 def build(version: int, options: list[tuple[str, str]]) -> None:
     found = dict(options)
     model = Path(found["--onnx"])
-    inputs = read_inputs(model)
+    try:
+        inputs = [i.name for i in onnx.load(model).graph.input]
+    except Exception as e:  # of protobuf, or of the weights beside it
+        fail(f"Failed to parse onnx file: {e}")
     if "--skipInference" not in found:
         fail("the stub runs no inference while it builds")
     profiles: list[dict[str, list[tuple[int, ...]]]] = []
@@ -73,8 +77,12 @@ def build(version: int, options: list[tuple[str, str]]) -> None:
     cache = found.get("--timingCacheFile")
     if cache:
         Path(cache).write_text(f"timings of {version}")
+    fused = model.name == "model.fused.onnx"  # the same function, but ONNX Runtime takes inputs by position
+    if fused and not Path(found.get("--dynamicPlugins", "")).is_file():
+        fail("Plugin not found, are the plugin name, version, and namespace correct?")
+    computed = model.with_name("model.onnx") if fused else model
     engine = {
-        "version": version, "model": str(model.resolve()), "profiles": profiles,
+        "version": version, "model": str(computed.resolve()), "profiles": profiles,
         "strong": version >= 110000 or "--stronglyTyped" in found, "tf32": "--noTF32" not in found,
         "plugins": found.get("--dynamicPlugins"),
     }  # fmt: skip

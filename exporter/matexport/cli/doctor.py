@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import shutil
 from typing import Any
 
 import click
@@ -40,9 +41,15 @@ def command(style: str) -> None:
         version = _version(distribution) if usable else None
         found.append({"part": distribution, "for": purpose, "version": version, "install": None if usable else install})
     library = matexport_plugins.trt_library()
-    install = None if library else "install matexport-plugins again, beside an nvcc"
-    version = matexport_plugins.__version__ if library else None
-    found.append({"part": "TensorRT plugins", "for": "trt --plugin cuda", "version": version, "install": install})
+    found.append({
+        "part": "TensorRT plugins", "for": "trt --plugin cuda",
+        "version": matexport_plugins.__version__ if library else None,
+        "install": None if library else "install matexport-plugins again, beside an nvcc",
+    })  # fmt: skip
+    tool = shutil.which("trtexec")
+    found.append(
+        {"part": "trtexec", "for": "build kits", "version": tool, "install": None if tool else "part of TensorRT"}
+    )
     gpus = ", ".join(map(str, find_gpus()))
     found.append({"part": "NVIDIA GPU", "for": "run engines", "version": gpus or None, "install": None})
     if style == "json":

@@ -189,6 +189,10 @@ class Graph:
             value.name = f"{name}_output_{i}"
         return tuple(node.outputs)
 
+    def index(self, x: ir.Value) -> ir.Value:
+        """int64 as int32, for what many operators index by: TensorRT casts it for each of them."""
+        return self.op("Cast", x, to=int(DTYPES["I32"]))
+
     def unique(self, name: str) -> str:
         """A name in this scope that no other value has."""
         return self._unique("/" + "/".join([*self._scope, name]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,50 +31,86 @@ Result = tuple[ir.Value, ir.Value | None]
 
 
 # --------------------------------------------------------------------------------------- convolution
+@dataclass(frozen=True)
+class Taps:
+    """Which inputs a convolution takes, as rows of (b * (k - 1 + T), m), each state before its steps.
+
+    Attributes:
+        rows: for each tap, oldest first, (b, T).
+        final: (b, k - 1), those of the new state.
+    """
+
+    rows: tuple[ir.Value, ...]
+    final: ir.Value
+
+
+def taps(
+    g: Graph, batch: ir.Value, length: ir.Value, mask: ir.Value | None, *, kernel: int, source: ir.Value | None = None
+) -> Taps:
+    """For sizes (1), once for all layers. Masked steps are sorted before the state: real steps see real predecessors.
+
+    Args:
+        source: (n), of which steps there are outputs; by default of all, in order.
+    """
+    i64, tail = g.constant, kernel - 1
+    rows = g.op("Add", length, i64([tail]))
+    first = g.op("Mul", g.op("Range", i64(0), g.op("Squeeze", batch), i64(1)), rows)
+    first = g.op("Unsqueeze", first, i64([1]))  # of each state, (b, 1)
+    if mask is None:
+        every = g.op("Range", i64(0), g.op("Squeeze", rows), i64(1))
+        place = g.op("Slice", every, i64([0]), length, i64([0])) if source is None else source
+        taken = [g.op("Add", first, g.op("Add", place, i64(j))) for j in range(kernel)]
+        final = g.op("Add", first, g.op("Slice", every, length, rows, i64([0])))
+        return Taps(tuple(map(g.index, taken)), g.index(final))
+    before = g.op("Expand", g.constant(True, "BOOL"), g.op("Concat", batch, i64([tail]), axis=0))
+    real = g.op("Concat", before, mask, axis=1)  # (b, k - 1 + T)
+    counted = g.op("Cast", real, to=int(ir.DataType.INT64))
+    masked = g.op("Sub", i64(1), counted)
+    among_real = g.op("Add", g.op("CumSum", counted, i64(1)), g.op("ReduceSum", masked, i64([1]), keepdims=1))
+    target = g.op("Where", real, among_real, g.op("CumSum", masked, i64(1)))
+    target = g.op("Sub", target, i64(1))  # where each step goes
+    index = g.op("Expand", g.op("Range", i64(0), g.op("Squeeze", rows), i64(1)), g.op("Shape", target))
+    order = g.op("ScatterElements", index, target, index, axis=1)
+    place = g.op("Slice", target, i64([tail]), rows, i64([1]))
+    place = g.op("Max", g.op("Sub", place, i64(tail)), i64(0))  # of what each step's oldest tap reads
+    if source is not None:
+        place = g.op("Gather", place, source, axis=1)
+    taken = [
+        g.op("Add", first, g.op("GatherElements", order, g.op("Add", place, i64(j)), axis=1)) for j in range(kernel)
+    ]
+    final = g.op("Add", first, g.op("Slice", order, length, rows, i64([1])))
+    return Taps(tuple(map(g.index, taken)), g.index(final))
+
+
 def causal_conv1d(
     g: Graph, form: str, x: ir.Value, weight: ir.Value, bias: ir.Value, state: ir.Value, mask: ir.Value | None,
-    *, kernel: int,
+    taps: Taps | None,
 ) -> Pair:  # fmt: skip
-    """x (b, T, m), weight (m, 1, k), bias (m), state (b, m, k - 1), mask (b, T) -> y (b, T, m) and the new state."""
+    """x (b, T, m), weight (m, 1, k), bias (m), state (b, m, k - 1), mask (b, T) -> y (b, T, m) and the new state.
+
+    Forms in standard operators need `taps`, in which the mask already is.
+    """
     if form == "custom":
         y, final = g.ops("CausalConv1d", x, weight, bias, state, mask, domain=OURS, outputs=2)
         return y, final
-    return _conv(g, x, weight, bias, state, mask, kernel=kernel)
+    assert taps is not None
+    return _conv(g, x, weight, bias, state, taps)
 
 
-def _conv(
-    g: Graph, x: ir.Value, weight: ir.Value, bias: ir.Value, state: ir.Value, mask: ir.Value | None, *, kernel: int
-) -> Pair:
-    """In standard operators. Masked steps are sorted before the state: real steps see their real predecessors."""
-    i64, tail = g.constant, kernel - 1
-    length = g.op("Shape", x, start=1, end=2)
-    steps = g.op("Concat", state, g.op("Transpose", x, perm=[0, 2, 1]), axis=2)  # (b, m, k - 1 + T)
-    place = None
-    if mask is not None:
-        real = g.op("Cast", mask, to=int(ir.DataType.INT64))
-        before = g.op("Concat", g.op("Shape", x, start=0, end=1), i64([tail]), axis=0)
-        real = g.op("Concat", g.op("Expand", i64(1), before), real, axis=1)  # (b, k - 1 + T)
-        masked = g.op("Sub", i64(1), real)
-        dropped = g.op("ReduceSum", masked, i64([1]), keepdims=1)
-        among_real = g.op("Add", g.op("CumSum", real, i64(1)), dropped)
-        among_masked = g.op("CumSum", masked, i64(1))
-        target = g.op("Where", g.op("Cast", real, to=int(ir.DataType.BOOL)), among_real, among_masked)
-        target = g.op("Sub", target, i64(1))  # where each step goes
-        index = g.op("Sub", g.op("CumSum", g.op("Add", real, masked), i64(1)), i64(1))  # 0 .. k - 2 + T
-        order = g.op("ScatterElements", index, target, index, axis=1)
-        shape = g.op("Shape", steps)
-        steps = g.op("GatherElements", steps, g.op("Expand", g.op("Unsqueeze", order, i64([1])), shape), axis=2)
-        place = g.op("Slice", target, i64([tail]), i64([1 << 60]), i64([1]))
-        place = g.op("Max", g.op("Sub", place, i64(tail)), i64(0))
-    taps = g.op("Transpose", weight, perm=[2, 0, 1])  # (k, m, 1)
-    y = g.op("Unsqueeze", bias, i64([1]))
-    for j in range(kernel):
-        window = g.op("Slice", steps, i64([j]), g.op("Add", length, i64([j])), i64([2]))
-        y = g.op("Add", y, g.op("Mul", window, g.op("Gather", taps, i64(j))))
-    if place is not None:
-        y = g.op("GatherElements", y, g.op("Expand", g.op("Unsqueeze", place, i64([1])), g.op("Shape", y)), axis=2)
-    final = g.op("Slice", steps, length, i64([1 << 60]), i64([2]))
-    return g.op("Transpose", silu(g, y), perm=[0, 2, 1]), final
+def _conv(g: Graph, x: ir.Value, weight: ir.Value, bias: ir.Value, state: ir.Value, taps: Taps) -> Pair:
+    """In standard operators."""
+    rows = g.op("Concat", g.op("Transpose", state, perm=[0, 2, 1]), x, axis=1)
+    channels = weight.shape[0] if weight.shape else None
+    if isinstance(channels, int):  # simpler for TensorRT
+        rows = g.op("Reshape", rows, g.constant([-1, channels]))
+    else:
+        rows = g.op("Flatten", rows, axis=2)
+    weights = g.op("Transpose", weight, perm=[2, 1, 0])  # (k, 1, m)
+    y = bias
+    for j, taken in enumerate(taps.rows):
+        y = g.op("Add", y, g.op("Mul", g.op("Gather", rows, taken), g.op("Gather", weights, g.constant(j))))
+    final = g.op("Transpose", g.op("Gather", rows, taps.final), perm=[0, 2, 1])
+    return silu(g, y), final
 
 
 # ---------------------------------------------------------------------------------------------- scan
@@ -85,7 +122,8 @@ def mamba2_scan(
     """x (b, T, h * p), dt_raw (b, T, h), A, D, dt_bias (h), B, C (b, T, g * n), past (b, h, n, p), mask (b, T)
     -> y (b, T, h * p) and the new state.
 
-    Form `stock` needs `chunks`, and there `past` may be None: zeros; then so is the new state.
+    Form `stock` needs `chunks`, and there `past` may be None: zeros; then so is the new state. Forms in standard
+    operators take the mask as `numbers` gives it.
     """
     values = (x, dt_raw, A, B, C, D, dt_bias, past, mask)
     if form == "custom":
@@ -103,6 +141,11 @@ def mamba2_scan(
     return _scan(g, *values, by_head=by_head, dt_limit=dt_limit, attention=stock)
 
 
+def numbers(g: Graph, mask: ir.Value) -> ir.Value:
+    """(b, T) as 0 and 1, (b, T, 1)."""
+    return g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.FLOAT)), g.constant([2]))
+
+
 def _scan(
     g: Graph, x: ir.Value, dt_raw: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value,
     dt_bias: ir.Value, past: ir.Value | None, mask: ir.Value | None,
@@ -117,7 +160,7 @@ def _scan(
     i64 = g.constant
     dt = softplus(g, dt_raw, dt_bias, dt_limit)
     if mask is not None:  # a step of dt = 0 changes nothing
-        dt = g.op("Mul", dt, g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.FLOAT)), i64([2])))
+        dt = g.op("Mul", dt, mask)
     x4 = g.op("Reshape", x, by_head)
     value = g.op("Mul", x4, g.op("Unsqueeze", dt, i64([3])))
     y, final = attention(g, query=C, key=B, value=value, decay=g.op("Mul", dt, A), past=past)
@@ -146,7 +189,7 @@ def functions(form: str, *, kernel: int, masked: bool, dt_limit: tuple[float, fl
     """What the ops of a form are where no kernel is registered for them; a function stands before its callers."""
     if form == "stock":
         return []
-    names = ("query", "key", "value", "past_state", "decay")
+    names: tuple[str, ...] = ("query", "key", "value", "past_state", "decay")
     body = Body("LinearAttention")
     query, key, value, past, decay = (body.input(name, "F32", None) for name in names)
     h, n, p = (body.op("Shape", past, start=i, end=i + 1) for i in (1, 2, 3))
@@ -161,19 +204,23 @@ def functions(form: str, *, kernel: int, masked: bool, dt_limit: tuple[float, fl
     if form == "custom":
         mask = ["mask"] if masked else []
         body = Body("CausalConv1d")
-        x, weight, bias, state, *rest = (body.input(n, "F32", None) for n in ["x", "weight", "bias", "state", *mask])
-        _named(
-            body, _conv(body, x, weight, bias, state, rest[0] if rest else None, kernel=kernel), ("y", "final_state")
-        )
+        names = ("x", "weight", "bias", "state", *mask)
+        x, weight, bias, state, *rest = (body.input(n, "BOOL" if n == "mask" else "F32", None) for n in names)
+        batch, length = (body.op("Shape", x, start=i, end=i + 1) for i in range(2))
+        steps = taps(body, batch, length, rest[0] if rest else None, kernel=kernel)
+        _named(body, _conv(body, x, weight, bias, state, steps), ("y", "final_state"))
         found.append(body.to_function(OURS, {}))
         body = Body("Mamba2Scan")
         inputs = ["x", "dt_raw", "A", "B", "C", "D", "dt_bias", "state", *mask]
-        arguments = [*(body.input(name, "F32", None) for name in inputs), *([] if masked else [None])]
+        arguments: list[ir.Value | None] = [body.input(n, "BOOL" if n == "mask" else "F32", None) for n in inputs]
+        arguments = [*arguments[:-1], numbers(body, arguments[-1])] if masked else [*arguments, None]  # type: ignore[arg-type]
         kv, q = (
             ir.RefAttr(theirs, ours, ir.AttributeType.INT)
             for theirs, ours in (("kv_num_heads", "heads"), ("q_num_heads", "groups"))
         )
-        by_head = body.op("Concat", body.constant([0, 0]), body.op("Shape", arguments[2]), body.constant([-1]), axis=0)
+        by_head = body.op(
+            "Concat", body.constant([0, 0]), body.op("Shape", body.inputs[2]), body.constant([-1]), axis=0
+        )
         contrib = partial(_contrib_attention, heads=kv, groups=q)
         pair = _scan(body, *arguments, by_head=by_head, dt_limit=dt_limit, attention=contrib)  # type: ignore[arg-type]
         _named(body, pair, ("y", "final_state"))

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,8 @@ def _in_threads(work: Callable[[np.ndarray], np.ndarray], items: Iterable[np.nda
 
 def _rows(checkpoint: Checkpoint, view: View) -> Iterator[np.ndarray]:
     count, width = view.shape
+    view = replace(view, shape=view.taken)
     step = max(1, ROWS // width)
     for start in range(0, count, step):
-        yield read(checkpoint, view.restrict(0, (start, min(count, start + step)))).astype(np.float32, copy=False)
+        rows = read(checkpoint, view.restrict(0, (start, min(count, start + step))))
+        yield rows.reshape(-1, width).astype(np.float32, copy=False)

@@ -66,7 +66,7 @@ def check_golden(
         cases = [read_case(kit / "golden" / name, name, entry) for name, entry in manifest["golden"].items()]
     except (KeyError, TypeError, AttributeError) as e:
         raise InputError(f"manifest cannot be read: {e!r}", where=str(kit), fix="write the kit again") from None
-    program, found = open_onnx(model), []
+    program, found = open_onnx(model, own_types=True), []
     same = kind_of("onnx", {**manifest, "quantize": None})  # the same file in the same runtime, on another processor
     for case in cases:
         again = compare_outputs(same, program.run(case.inputs), case.outputs, family)

@@ -28,12 +28,13 @@ def load_onnx(*files: Path, threads: int = 0, library: bool = True) -> Forward:
     return forward(chain([open_onnx(file, threads=threads, library=library) for file in files]))
 
 
-def open_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Program:
+def open_onnx(file: Path, *, threads: int = 0, library: bool = True, own_types: bool = False) -> Program:
     """Opens a model.
 
     Args:
         threads: threads inside an operator; 0 leaves the choice to ONNX Runtime.
         library: whether to register the kernels of matexport-plugins, if they are there.
+        own_types: inputs and outputs in bfloat16 are arrays of that type (of ml_dtypes) rather than of float32.
     Raises:
         MissingError: onnxruntime is not installed.
         InputError: the file cannot be loaded.
@@ -48,7 +49,7 @@ def open_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Program:
     if library and (path := kernels()):
         options.register_custom_ops_library(str(path))
     try:
-        model = _runnable(file)
+        model, halves = _runnable(file)
         if model is not file:  # its weights are where it was
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -58,25 +59,38 @@ def open_onnx(file: Path, *, threads: int = 0, library: bool = True) -> Program:
         ) from None
     outputs = tuple(output.name for output in session.get_outputs())
 
+    types = {i.name: _dtype(i.type) for i in session.get_inputs()}
+    half = _dtype("tensor(bfloat16)")
+
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            return dict(zip(outputs, session.run(outputs, dict(inputs)), strict=True))
+            given = {name: array.astype(types.get(name, array.dtype), copy=False) for name, array in inputs.items()}
+            found = dict(zip(outputs, session.run(outputs, given), strict=True))
+            return found | {name: found[name].astype(half) for name in outputs if own_types and name in halves}
         except Exception as e:
             fix = "write the ONNX folder again"
             raise InputError(f"onnxruntime cannot run it: {e}", where=str(file), fix=fix) from None
 
-    inputs = {i.name: Value(_dtype(i.type), tuple(i.shape)) for i in session.get_inputs()}
+    inputs = {
+        i.name: Value(half if own_types and i.name in halves else types[i.name], tuple(i.shape))
+        for i in session.get_inputs()
+    }
     return Program(inputs, outputs, run)
 
 
-def _runnable(file: Path) -> Path | bytes:
-    """What ONNX Runtime's CPU can run of a model: its file, or if that has products in bfloat16, another model."""
+def _runnable(file: Path) -> tuple[Path | bytes, set[str]]:
+    """What ONNX Runtime's CPU can run of a model: its file, or if that has products in bfloat16, another model.
+
+    And the inputs and outputs that are bfloat16 in the file.
+    """
     import onnx
 
     from matexport.runtimes.bfloat16 import without_bfloat16
 
     model = onnx.load(file, load_external_data=False)
-    return model.SerializeToString() if without_bfloat16(model) else file
+    values = (*model.graph.input, *model.graph.output)
+    halves = {value.name for value in values if value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16}
+    return (model.SerializeToString() if without_bfloat16(model) else file), halves
 
 
 def _dtype(text: str) -> np.dtype[Any]:

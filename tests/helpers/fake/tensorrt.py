@@ -177,7 +177,7 @@ class OnnxParser:
     def get_error(self, index: int) -> Any:
         class Error:
             def __init__(self, text: str) -> None:
-                self.desc, self.node_operator, self.node_name = lambda: text, lambda: "Op", lambda: "node"
+                self.desc, self.node_operator, self.node_name = (lambda: text), (lambda: ""), (lambda: "")
 
         return Error(self.errors[index])
 
@@ -322,7 +322,6 @@ class Context:
         self.engine, self.profile = engine, 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
-        self.found: dict[Any, dict[str, tuple[int, ...]]] = {}
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile, self.shapes, self.addresses = index, {}, {}
@@ -340,14 +339,14 @@ class Context:
         return [name for name in self.engine.inputs if name not in self.shapes]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        """Of outputs, by running the model on zeros: ONNX Runtime has no other way."""
-        if self.infer_shapes():
-            return self.engine.get_tensor_shape(name)
-        key = tuple(self.shapes.items())
-        if key not in self.found:
-            zeros = {n: np.zeros(self.shapes[n], self._numpy(n)) for n in self.engine.inputs}
-            self.found[key] = {n: array.shape for n, array in self._infer(zeros).items()}
-        return self.found[key][name]
+        """Of outputs, by the names of their axes."""
+        if name in self.shapes:
+            return self.shapes[name]
+        sizes = {}
+        for value in self.engine.session.get_inputs():
+            sizes |= dict(zip(value.shape, self.shapes.get(value.name, ()), strict=False))
+        [shape] = [value.shape for value in self.engine.session.get_outputs() if value.name == name]
+        return tuple(n if isinstance(n, int) else sizes.get(n, -1) for n in shape)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address

@@ -98,8 +98,8 @@ class _Decoder:
         made = p.scaled(p.linear(x, PER_LAYER_PROJECTION.removesuffix(".weight")), text.hidden**-0.5)
         made = p.norm(g.op("Reshape", made, g.constant([-1, text.layers, text.per_layer])), "per_layer_projection_norm")
         inputs = p.scaled(g.op("Add", made, own), math.sqrt(0.5))
-        parts = g.ops("Split", inputs, axis=1, num_outputs=text.layers, outputs=text.layers)
-        return [g.op("Squeeze", part, g.constant([1])) for part in parts]
+        inputs = g.op("Reshape", inputs, g.constant([-1, text.layers * text.per_layer]))
+        return list(g.ops("Split", inputs, axis=1, num_outputs=text.layers, outputs=text.layers))
 
     def _widened(self, x: ir.Value) -> ir.Value:
         """The AltUp stack (N, a, h): x, and projections of it that are as large."""

@@ -25,18 +25,18 @@ def vision_graph(
     d, patch, size = config["d_model"], config["patch_size"], config["image_size"]
     patches = (size // patch) ** 2
     g = Graph("matmamba_vision", dtype)
-    blocks = Blocks(
-        g, plan, form, prefix=PREFIXES["vision"], length=patches + 1, masked=False, elastic=elastic, quantize=quantize
-    )
-    weight = blocks.weight
-
     pixels = g.input("pixel_values", "F32", ["batch", 3, size, size])
+    batch = g.op("Shape", pixels, start=0, end=1)
+    blocks = Blocks(
+        g, plan, form, prefix=PREFIXES["vision"], batch=batch, length=patches + 1, mask=None,
+        elastic=elastic, quantize=quantize,
+    )  # fmt: skip
+    weight = blocks.weight
     with g.scope("patch_embed"):
         proj = weight("patch_embed.proj.weight"), weight("patch_embed.proj.bias")  # Conv-11 knows no bfloat16
         x = g.op("Conv", pixels, *proj, kernel_shape=[patch, patch], strides=[patch, patch])
         x = g.op("Transpose", g.op("Reshape", x, g.constant([0, d, patches])), perm=[0, 2, 1])
     with g.scope("cls_token"):  # the class token comes last
-        batch = g.op("Shape", pixels, start=0, end=1)
         shape = g.op("Concat", batch, g.constant([1, d]), axis=0)
         x = g.op("Concat", x, g.op("Expand", weight("cls_token"), shape), axis=1)
     x = g.op("Add", x, weight("pos_embed"))
@@ -71,11 +71,13 @@ def language_graph(
     g, prefix = Graph("matmamba_lm", dtype), PREFIXES["lm"]
     ids = g.input("input_ids", "I64", ["batch", "sequence"])
     attention = g.input("attention_mask", "I64", ["batch", "total_sequence"])
-    length = g.op("Shape", ids, start=1, end=2)
+    batch, length = (g.op("Shape", ids, start=i, end=i + 1) for i in range(2))
     with g.scope("mask"):  # of the tokens that are new
         mask = g.op("Slice", attention, g.op("Neg", length), g.constant([1 << 60]), g.constant([1]))
         mask = g.op("Cast", mask, to=int(ir.DataType.BOOL))
-    blocks = Blocks(g, plan, form, prefix=prefix, length=length, masked=True, elastic=elastic, quantize=quantize)
+    blocks = Blocks(
+        g, plan, form, prefix=prefix, batch=batch, length=length, mask=mask, elastic=elastic, quantize=quantize
+    )
     embedding = EMBEDDINGS[1], plan.tensors[EMBEDDINGS[1]]
 
     if quantize and quantized.gathers(embedding[1], quantize):
@@ -89,7 +91,7 @@ def language_graph(
         conv, scan = (g.input(f"past_key_values.{i}.{name}", "F32", shape) for name, shape in named)
         with g.scope(f"layers.{i}"):
             with g.scope("mixer"):
-                y, states = blocks.mixer(blocks.norm(x, f"{prefix}layers.{i}.norm"), i, States(conv, scan), mask)
+                y, states = blocks.mixer(blocks.norm(x, f"{prefix}layers.{i}.norm"), i, States(conv, scan))
             x = g.op("Add", x, y)
         assert states is not None
         present += [(value, f"present.{i}.{name}", shape) for value, (name, shape) in zip(states, named, strict=True)]

@@ -29,16 +29,17 @@ class Blocks:
     """Writes norms and mixers of one planned slice into a graph, in one form.
 
     Args:
-        length: the number of tokens, or the value (1) that has it. Where it is fixed there are no states.
-        masked: whether steps may be masked.
+        batch: the number of inputs (1).
+        length: of tokens. Where it is a number there are no states; else it is a value (1).
+        mask: (b, T), which steps are none; None for none.
         elastic: whether every weight of a narrower slice is a range of the wider one's bytes. The projection in then
             comes in parts; heads are the outermost axis of each, so B and C stand before x.
         quantize: how projections are stored (see `matexport.graph.encoding`).
     """
 
     def __init__(
-        self, g: Graph, plan: Plan, form: str, *, prefix: str, length: int | ir.Value, masked: bool,
-        elastic: bool, quantize: str | None,
+        self, g: Graph, plan: Plan, form: str, *, prefix: str, batch: ir.Value, length: int | ir.Value,
+        mask: ir.Value | None, elastic: bool, quantize: str | None,
     ):  # fmt: skip
         self.g, self.tensors, self.form, self.prefix = g, plan.tensors, form, prefix
         self.elastic, self.quantize = elastic, quantize
@@ -50,11 +51,26 @@ class Blocks:
         self.epsilon: float = plan.config.get("norm_epsilon", 1e-5)
         self.rms_norm: bool = plan.config.get("rms_norm", prefix != "")
         self.kernel = self.tensors[f"{prefix}layers.0.mixer.conv1d.weight"].shape[2]
-        g.functions = stateful.functions(form, kernel=self.kernel, masked=masked, dt_limit=self.dt_limit)
+        g.functions = stateful.functions(form, kernel=self.kernel, masked=mask is not None, dt_limit=self.dt_limit)
+        self.mask, self.known = mask, isinstance(length, int)
+        size = g.constant([length]) if isinstance(length, int) else length
+        self.steps = g.op("Concat", batch, size, axis=0)
+        self._shapes: dict[int, ir.Value] = {}
         self.chunks: chunks.Chunks | None = None
-        if form == "stock":
+        self.filling: chunks.Filling | None = None
+        self.taps: stateful.Taps | None = None
+        if form == "stock" and isinstance(length, int):
+            self.chunks = chunks.cut(g, length)
+        elif form == "stock":
+            assert mask is not None
             with g.scope("chunks"):
-                self.chunks = chunks.cut(g, length) if isinstance(length, int) else chunks.cut_any(g, length)
+                self.filling = chunks.fill(g, size, mask)
+            self.chunks, self.mask = self.filling.chunks, self.filling.mask
+        if form != "custom" and not (form == "stock" and self.known):
+            with g.scope("taps"):
+                source = self.filling.source if self.filling else None
+                self.taps = stateful.taps(g, batch, size, mask, kernel=self.kernel, source=source)
+                self.mask = None if self.mask is None else stateful.numbers(g, self.mask)
 
     def weight(self, name: str) -> ir.Value:
         return self.g.weight(name, self.tensors[name], dtype="F32")
@@ -68,18 +84,29 @@ class Blocks:
         tensor = self.tensors[name]
         return f"{name}.{part}", replace(tensor, view=tensor.view.restrict(0, *ranges))
 
-    def linear(self, x: ir.Value, *weights: tuple[str, PlannedTensor], quantize: bool = True) -> list[ir.Value]:
-        """x (b, T, k) times each weight (n, k), as checkpoints store them or quantised -> (b, T, n)."""
+    def linear(
+        self, x: ir.Value, *weights: tuple[str, PlannedTensor], quantize: bool = True, last: bool = False
+    ) -> list[ir.Value]:
+        """x (b, T, k) times each weight (n, k), as checkpoints store them or quantised -> (b, T, n).
+
+        Args:
+            last: x is that of the last step, (b, 1, k).
+        """
         g = self.g
         if self.quantize and quantize:
             return quantized.linear(g, x, weights, self.quantize)
-        steps = g.op("Shape", x, start=0, end=2)
         flat = g.op("Reshape", x, g.constant([-1, weights[0][1].shape[1]]))
         flat = g.to_dtype(flat)
         products = [
             (g.to_float32(g.op("Gemm", flat, g.weight(*weight), transB=1)), weight[1].shape[0]) for weight in weights
         ]
-        return [g.op("Reshape", y, g.op("Concat", steps, g.constant([n]), axis=0)) for y, n in products]
+        return [g.op("Unsqueeze", y, g.constant([1])) if last else self._by_step(y, n) for y, n in products]
+
+    def _by_step(self, y: ir.Value, n: int) -> ir.Value:
+        """(b * T, n) -> (b, T, n)."""
+        if n not in self._shapes:
+            self._shapes[n] = self.g.op("Concat", self.steps, self.g.constant([n]), axis=0)
+        return self.g.op("Reshape", y, self._shapes[n])
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """The norm over the residual stream that the model has."""
@@ -106,7 +133,6 @@ class Blocks:
         u: ir.Value,
         layer: int,
         states: States | None = None,
-        mask: ir.Value | None = None,
         *,
         last_only: bool = False,
     ) -> tuple[ir.Value, States | None]:
@@ -129,9 +155,7 @@ class Blocks:
             if states is None:
                 xbc = mamba2.causal_conv1d(g, xbc, *conv, channels=channels, kernel=self.kernel)
             else:
-                xbc, conv_state = stateful.causal_conv1d(
-                    g, self.form, xbc, *conv, states.conv, mask, kernel=self.kernel
-                )
+                xbc, conv_state = stateful.causal_conv1d(g, self.form, xbc, *conv, states.conv, self.mask, self.taps)
         if self.elastic:
             B, C, x = g.ops("Split", xbc, g.constant([gn, gn, w]), axis=-1, outputs=3)
         else:
@@ -144,10 +168,13 @@ class Blocks:
                 dt = mamba2.softplus(g, dt, dt_bias, self.dt_limit)
                 y = mamba2.last_output(g, x, dt, A, B, self.last(C), D, **sizes)
             else:
+                filling = self.filling
+                dt = g.op("Gather", dt, filling.source, axis=1) if filling else dt
                 y, scan_state = stateful.mamba2_scan(
-                    g, self.form, x, dt, A, B, C, D, dt_bias, states.scan if states else None, mask,
+                    g, self.form, x, dt, A, B, C, D, dt_bias, states.scan if states else None, self.mask,
                     **sizes, dt_limit=self.dt_limit, chunks=self.chunks,
                 )  # fmt: skip
+                y = g.op("Gather", y, filling.back, axis=1) if filling else y
         with g.scope("norm"):  # gate first; the mean is over the width in use, each group by itself
             y = g.op("Mul", y, mamba2.silu(g, z))
             if groups > 1:
@@ -160,7 +187,7 @@ class Blocks:
         if self.elastic:
             y = g.to_float32(g.op("MatMul", g.to_dtype(y), g.weight(out, self.tensors[out], transposed=True)))
         else:
-            (y,) = self.linear(y, (out, self.tensors[out]))
+            (y,) = self.linear(y, (out, self.tensors[out]), last=last_only)
         known = conv_state is not None and scan_state is not None
         return y, States(conv_state, scan_state) if known else None  # type: ignore[arg-type]
 
@@ -176,7 +203,7 @@ class Blocks:
         gated = self.last(u) if last_only else u
         if self.elastic:
             parts = self.rows(name, "z", z), self.rows(name, "bcx", bc, x), self.rows(name, "dt", dt)
-            first, second, third = *self.linear(gated, parts[0]), *self.linear(u, *parts[1:])
+            first, second, third = *self.linear(gated, parts[0], last=last_only), *self.linear(u, *parts[1:])
         elif last_only:
             if self.quantize:
                 gate, rest = self.rows(name, "z", z), self.rows(name, "xbcdt", x, bc, dt)
