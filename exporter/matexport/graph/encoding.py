@@ -68,6 +68,18 @@ class Encoding:
         return np.ascontiguousarray(found.T).reshape(r, -1, found.shape[0])
 
 
+def restored(rows: np.ndarray, method: str) -> np.ndarray:
+    """float32 rows (r, k) as they come back: the weights that products with the stored matrix stand for."""
+    codes, scales = (Encoding(method, part).encode(rows) for part in PARTS)
+    if method == "int8":
+        return np.asarray(codes * scales[:, None])
+    bits = Encoding(method, "codes").bits
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], BLOCK)
+    values = (codes.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
+    return np.asarray(values.reshape(len(rows), -1)[:, : rows.shape[1]])
+
+
 def _inverse(scales: np.ndarray) -> np.ndarray:
     """1 / scales, and 0 where that is none."""
     found: np.ndarray = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)

@@ -13,14 +13,16 @@ from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
 from matexport.families import Family, Forward, family_of, with_options
+from matexport.families.rows import WHOLE
 from matexport.graph.builder import Graph
 from matexport.graph.encoding import METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
-from matexport.parity.comparison import Comparison, compare_outputs, kind_of
+from matexport.parity.comparison import Comparison, compare_outputs, compare_quantised, kind_of
 from matexport.parity.engines import check_engine, check_golden, fitting_inputs
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
 from matexport.parity.quality import quality
 from matexport.parity.report import Report
+from matexport.parity.stored import stored_source
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.runtimes.tensorrt import require_engine
 from matexport.slice_table import FFN, Row
@@ -86,7 +88,8 @@ def verify_artefact(
         if all(comparison.passed for comparison in files):
             raise
         found = [Comparison(artefact.name, kind, False, 0.0, detail=f"{Path(e.where).name} cannot be read: {e.what}")]
-    return Report(artefact.name, source.name, plan.name, (*found, *files), _described(given))
+    weights = _weight_bytes(subject)
+    return Report(artefact.name, source.name, plan.name, (*found, *files), _described(given), weights)
 
 
 def _verify_bundle(
@@ -272,16 +275,50 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     # an elastic one has the channels of its convolution in another order; the loss of quantised ones is that of outputs
     left_out = "states." if quantize else "states.conv" if subject.manifest.get("elastic") else "no such name"
     want = {name: array for name, array in want.items() if left_out not in name}
-    kind = kind_of("onnx", subject.manifest)
-    got = load_onnx(*files)(inputs)
-    found += compare_outputs(kind, got, want, subject.family)
-    if subject.given and got.keys() & want.keys() >= {"logits"}:
-        worth = quality(inputs, subject.labels, got["logits"], want["logits"])
-        found = [replace(c, quality=worth) if (c.name, c.kind) == ("logits", kind) else c for c in found]
-    if kernels() and any(graph.functions for graph in graphs.values()):
-        kind = "functions" if kind == "onnx" else kind
-        found += compare_outputs(kind, load_onnx(*files, library=False)(inputs), want, subject.family)
+    family, kind = subject.family, kind_of("onnx", subject.manifest)
+    if quantize:
+        kind, oracle = kind_of("onnx", {**subject.manifest, "quantize": None}), _stored_oracle(subject)
+        assert oracle is not None
+        stored_want = {name: array for name, array in oracle(inputs).items() if name in want}
+    with_functions = any(graph.functions for graph in graphs.values()) and kernels() is not None
+    for library in (True, False) if with_functions and target.form == "custom" else (True,):
+        run = kind if library or kind != "onnx" else "functions"
+        got = load_onnx(*files, library=library)(inputs)
+        if quantize:  # right where inputs of products are not rounded, and if they are, by their rounding alone
+            if quantize != "int8":  # whose products are of integers
+                exact = load_onnx(*files, library=library, exact=True)(inputs)
+                found += compare_outputs(run, exact, stored_want, family)
+            found += compare_quantised(f"onnx {quantize}", got, stored_want, want)
+        else:
+            found += compare_outputs(run, got, want, family)
+        if library and subject.given and got.keys() & want.keys() >= {"logits"}:
+            worth, stated = quality(inputs, subject.labels, got["logits"], want["logits"]), "loss" if quantize else kind
+            kinds = stated, f"{stated} {family.NAME}"
+            found = [replace(c, quality=worth) if c.name == "logits" and c.kind in kinds else c for c in found]
     return found
+
+
+def _stored_oracle(subject: Subject) -> Forward | None:
+    """The oracle with the weights as a quantised artefact stores them; None for others."""
+    family, plan, method = subject.family, subject.plan, subject.manifest.get("quantize")
+    if method is None:
+        return None
+    if method not in METHODS:
+        raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
+    weights = family.build_graph(plan, str(subject.manifest.get("form")), quantize=method).weights.values()
+    source = stored_source(subject.source, family.plan_slice(subject.source, WHOLE, None), weights, plan.dtype)
+    return family.load_oracle(source, plan.layers, None)
+
+
+def _weight_bytes(subject: Subject) -> tuple[int, int] | None:
+    """Bytes of a quantised artefact's weights, and of the same in float32; None for others."""
+    form, method = str(subject.manifest.get("form")), subject.manifest.get("quantize")
+    if method not in METHODS:
+        return None
+    stored = subject.family.build_graph(subject.plan, form, quantize=method)
+    plain = subject.family.build_graph(subject.plan.cast("F32"), form)
+    sizes = [sum(weight.nbytes for weight in graph.weights.values()) for graph in (stored, plain)]
+    return sizes[0], sizes[1]
 
 
 def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
@@ -302,7 +339,9 @@ def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
 
 
 def _check_engine(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
-    return check_engine(subject.artefact, subject.manifest, subject.family, inputs, want)
+    oracle = _stored_oracle(subject)
+    stored = oracle(inputs) if oracle else None
+    return check_engine(subject.artefact, subject.manifest, subject.family, inputs, want, stored)
 
 
 def _check_kit(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
@@ -311,7 +350,8 @@ def _check_kit(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compari
     inner = replace(subject, artefact=folder, manifest=manifest, record=_record(manifest, subject.source, None))
     if manifest.get("slice") != subject.manifest.get("slice"):
         raise InputError("is of another slice than its ONNX folder", where=str(subject.artefact), fix="write it again")
-    golden = check_golden(subject.artefact, subject.manifest, subject.family, subject.oracle, folder / "model.onnx")
+    oracles = subject.oracle, _stored_oracle(subject)
+    golden = check_golden(subject.artefact, subject.manifest, subject.family, *oracles, folder / "model.onnx")
     return _check_onnx(inner, inputs, want) + golden
 
 
