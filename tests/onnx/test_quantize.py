@@ -146,9 +146,9 @@ def test_restored_rows_are_those_of_the_definition() -> None:
     for method, bits in (("int4-block", 4), ("int8-block", 8)):
         rows = RANDOM.standard_normal((5, 70), dtype=np.float32)
         codes, scales = (Encoding(method, part).encode(rows) for part in ("codes", "scales"))
-        assert np.array_equal(restored(rows, method), _restored(codes, scales, bits)[:, :70])
+        assert np.array_equal(restored(rows, Encoding(method, "codes")), _restored(codes, scales, bits)[:, :70])
     rows = RANDOM.standard_normal((5, 33), dtype=np.float32)
-    assert np.abs(restored(rows, "int8") - rows).max() <= 0.5001 * np.abs(rows).max() / 127
+    assert np.abs(restored(rows, Encoding("int8", "codes")) - rows).max() <= 0.5001 * np.abs(rows).max() / 127
 
 
 def test_command_line(vision: Path, tmp_path: Path) -> None:

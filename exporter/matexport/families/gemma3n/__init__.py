@@ -76,10 +76,11 @@ def build_graph(
     quantize: str | None = None,
     dtype: str = "F32",
     opset: int = OPSETS[0],
+    ranges: Mapping[str, float] | None = None,
 ) -> Graph:
     from matexport.families.gemma3n.graph import decoder_graph
 
-    return decoder_graph(plan, form, elastic=elastic, quantize=quantize, dtype=dtype, opset=opset)
+    return decoder_graph(plan, form, elastic=elastic, quantize=quantize, dtype=dtype, opset=opset, ranges=ranges)
 
 
 def build_split(
