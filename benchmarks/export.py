@@ -179,14 +179,13 @@ def verify_half(source: Path, output: Path) -> None:
             sys.exit(f"{weight.name} is wrong")
 
 
-def quantising(runs: int) -> dict[str, Any]:
-    """4096 x 2048, ours in blocks of rows as the writer does, theirs at once."""
+def quantising(runs: int, n: int = 4096, k: int = 2048) -> dict[str, Any]:
+    """A matrix, ours in blocks of rows as the writer does, theirs at once."""
     from onnxruntime.capi import _pybind_state as runtime
 
     from matexport.graph.encoding import BLOCK, PARTS, Encoding
     from matexport.onnx.weights import _in_threads
 
-    n, k = 4096, 2048
     rows = np.random.default_rng(0).standard_normal((n, k), dtype=np.float32)
     found = {}
     for method, bits, theirs in (

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ ROWS = {  # name -> skipped layers, FFN widths of the kept ones
     WHOLE_ROW: (SKIPPED, [16384] * 30),  # for mergekit
 }
 DEAD = ("self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.k_norm.weight")  # of the sharing layers
+
+
+Shapes = dict[str, tuple[int, ...]]
+Blocks = Callable[[Shapes, np.random.Generator], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,18 @@ class Model:
 # ------------------------------------------------------------------------------------------- the source
 def make_source(folder: Path, model: Model, *, text_only: bool = False) -> Path:
     """The language model's tensors, random finite bf16; a folder that is complete is taken as it is."""
+    write_source(folder, model.config(text_only=text_only), SHARD // model.divisor, random_bits)
+    if model.divisor > 1:  # the released table would not fit
+        _write_table(folder / "slices.csv", model)
+    return folder
+
+
+def write_source(folder: Path, config: dict[str, Any], shard: int, blocks: Blocks) -> None:
+    """The tensors of a config.json in files of at most `shard` bytes; a folder that is complete is left as it is."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         measuring.say(f"source: {folder} is there")
-        return folder
-    config = model.config(text_only=text_only)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
@@ -78,7 +89,7 @@ def make_source(folder: Path, model: Model, *, text_only: bool = False) -> Path:
         nbytes = 2 * int(np.prod(shape))
         if name in gemma.TOWERS:
             continue
-        if size + nbytes > SHARD // model.divisor and groups[-1]:
+        if size + nbytes > shard and groups[-1]:
             groups.append({})
             size = 0
         groups[-1][name] = shape
@@ -87,16 +98,33 @@ def make_source(folder: Path, model: Model, *, text_only: bool = False) -> Path:
     for k, group in enumerate(groups, 1):
         file = f"model-{k:05d}-of-{len(groups):05d}.safetensors"
         measuring.say(f"source: {folder / file}")
-        total += _write_random(folder / file, group, rng)
+        total += _write(folder / file, group, blocks(group, rng))
         weight_map |= dict.fromkeys(group, file)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    if model.divisor > 1:  # the released table would not fit
-        _write_table(folder / "slices.csv", model)
     index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    return folder
 
 
-def _write_random(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> int:
+def random_bits(shapes: Shapes, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Random finite bf16, below 2, as uint16."""
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    for start in range(0, count, PIECE // 2):  # bit 14 is clear
+        yield rng.integers(0, 1 << 16, min(PIECE // 2, count - start), dtype=np.uint16) & 0xBFFF
+
+
+def sensible(shapes: Shapes, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """bf16, as uint16, of such sizes that activations stay as they are in a trained model. The same numbers recur."""
+    normal = rng.standard_normal(PIECE // 4, np.float32)
+    for name, shape in shapes.items():
+        vector, count = len(shape) == 1, int(np.prod(shape))
+        scale = 0.1 if vector or "_coefs" in name else shape[-1] ** -0.5
+        for start in range(0, count, len(normal) // 2):
+            size = min(count - start, len(normal) // 2)
+            first = int(rng.integers(len(normal) - size))
+            values = normal[first : first + size] * np.float32(scale) + np.float32("norm" in name)
+            yield (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _write(path: Path, shapes: Shapes, blocks: Iterator[np.ndarray]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -106,9 +134,8 @@ def _write_random(path: Path, shapes: dict[str, tuple[int, ...]], rng: np.random
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as f:
         f.write(len(raw).to_bytes(8, "little") + raw)
-        for start in range(0, end, PIECE):
-            bits = rng.integers(0, 1 << 16, min(PIECE, end - start) // 2, dtype=np.uint16)
-            f.write((bits & 0xBFFF).data)  # bit 14 is clear: finite, and below 2
+        for block in blocks:
+            f.write(block.data)
     return end
 
 

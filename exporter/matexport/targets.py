@@ -63,7 +63,7 @@ TARGETS = {
         Target("cuda", "onnx", ("custom", "contrib", "stock"), "F16", typed=True),
         Target("genai", "onnx", ("custom", "contrib"), "F32"),  # onnxruntime-genai >= 0.18
         # transformers.js >= 4.3 and onnxruntime-web, where no kernels of ours can be
-        Target("web", "onnx", ("contrib", "stock"), "F32", folder="onnx", max_file=CHUNK),
+        Target("web", "onnx", ("contrib", "stock"), "F32", folder="onnx", split=True, max_file=CHUNK),
         Target("portable", "onnx", ("stock",), "F32"),  # any ONNX runtime
         # TensorRT-RTX: built anywhere, runs on RTX GPUs (RTX 30, 40 and 50, RTX PRO, GB10)
         _rtx("rtx", 86, 89, 120, 121),

@@ -14,7 +14,7 @@ import matexport as mx
 from matexport.checkpoint import open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import UsageError
-from matexport.graph.encoding import BLOCK, METHODS, Encoding
+from matexport.graph.encoding import BLOCK, METHODS, Encoding, restored
 from matexport.slice_table import Row
 from support import matexport
 
@@ -70,11 +70,20 @@ def test_verified(exported: Path, request: pytest.FixtureRequest, kind: str, met
     source = request.getfixturevalue(kind)
     report = mx.verify(exported / f"{kind}-{method}", source)
     assert report.passed, report.to_markdown()
-    compared = [c for c in report.comparisons if c.kind == f"onnx {method}"]
-    assert compared
-    assert all(
-        c.max_rel and c.max_rel > 1e-4 and c.kl is not None for c in compared
-    )  # it is quantised, and it says how far
+    by_kind = {kind: [c for c in report.comparisons if c.kind == kind] for kind in (f"onnx {method}", "loss", "onnx")}
+    assert by_kind["loss"]
+    for c in by_kind["loss"]:  # it is quantised, and it says how far
+        assert c.max_rel
+        assert c.max_rel > 1e-3
+        assert c.kl is not None
+        assert c.top1 is not None
+    assert all(c.of_loss and 0.01 < c.of_loss < c.tolerance for c in by_kind[f"onnx {method}"])
+    assert bool(by_kind["onnx"]) == (method != "int8")  # where products can be in float32, they are right in it
+    written = report.to_json()["weights"]
+    data = (exported / f"{kind}-{method}" / "model.onnx_data").stat().st_size
+    assert data - (256 << 10) < written["bytes"] <= data
+    assert written["bytes"] < 0.5 * written["float32_bytes"]
+    assert f"{written['bytes']:,} bytes" in report.to_markdown()
     stored = onnx.load(exported / f"{kind}-{method}" / "model.onnx").graph.initializer
     plain = open_checkpoint(source)
     for part in ("A_log", "D", "dt_bias", "conv1d.weight", "norm.weight"):
@@ -113,6 +122,33 @@ def test_a_wrong_scale_fails(exported: Path, language: Path, tmp_path: Path, met
     (tmp_path / "model.onnx_data").write_bytes(raw)
     failed = {c.kind for c in mx.verify(tmp_path, language).comparisons if not c.passed}
     assert failed >= {"provenance", "digest", f"onnx {method}"}
+
+
+@pytest.mark.parametrize("method", ["int8-block", "int4-block"])
+def test_a_wrong_zero_point_fails(exported: Path, language: Path, tmp_path: Path, method: str) -> None:
+    """Negative control of the numbers alone: weights are right byte for byte, and taken for others."""
+    for path in (exported / f"language-{method}").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
+    sizes = {a.name: a.i for a in node.attribute}
+    blocks = -(-sizes["K"] // BLOCK)
+    shape, zero = (sizes["N"], -(-blocks * sizes["bits"] // 8)), 0x77 if sizes["bits"] == 4 else 127
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full(shape, zero, np.uint8), "zeros"))
+    node.input.append("zeros")
+    onnx.save(model, tmp_path / "model.onnx")
+    failed = {c.kind for c in mx.verify(tmp_path, language).comparisons if not c.passed}
+    assert failed >= {"digest", "onnx"}
+    assert "provenance" not in failed
+
+
+def test_restored_rows_are_those_of_the_definition() -> None:
+    for method, bits in (("int4-block", 4), ("int8-block", 8)):
+        rows = RANDOM.standard_normal((5, 70), dtype=np.float32)
+        codes, scales = (Encoding(method, part).encode(rows) for part in ("codes", "scales"))
+        assert np.array_equal(restored(rows, Encoding(method, "codes")), _restored(codes, scales, bits)[:, :70])
+    rows = RANDOM.standard_normal((5, 33), dtype=np.float32)
+    assert np.abs(restored(rows, Encoding("int8", "codes")) - rows).max() <= 0.5001 * np.abs(rows).max() / 127
 
 
 def test_command_line(vision: Path, tmp_path: Path) -> None:

@@ -11,9 +11,8 @@ import onnx
 import pytest
 
 import matexport as mx
+from gemma import text_checkpoint
 from matexport.errors import UsageError
-from matexport.graph.builder import Graph
-from matexport.onnx.web import rename_states
 from matexport.targets import TARGETS
 from support import content, language_checkpoint, matexport
 
@@ -58,14 +57,39 @@ def test_vision_models_keep_their_names(vision: Path, tmp_path: Path) -> None:
     assert report.passed, report.to_markdown()
 
 
+def test_gemma_in_two_graphs(tmp_path: Path) -> None:
+    """Keys and values of the layers that have their own, under the one symbol that transformers.js knows."""
+    source = text_checkpoint(tmp_path / "source")
+    assert matexport("onnx", "-m", source, "-o", tmp_path / "out", "--target", "web").code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text(), parse_constant=pytest.fail)
+    assert (config["model_type"], config["text_config"]["model_type"]) == ("gemma3n", "gemma3n_text")
+    names = ("embed_tokens.onnx", "decoder_model_merged.onnx")
+    assert config["transformers.js_config"]["use_external_data_format"] == dict.fromkeys(names, 1)
+    first, second = (onnx.load(tmp_path / "out/onnx" / n, load_external_data=False).graph for n in names)
+    assert [o.name for o in first.output] == ["inputs_embeds", "per_layer_inputs"]
+    past = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in second.input}
+    past = {name: shape for name, shape in past.items() if name.startswith("past_")}
+    assert list(past) == [f"past_key_values.{i}.{kind}" for i in range(6) for kind in ("key", "value")]
+    assert {tuple(shape) for shape in past.values()} == {("batch_size", 2, "past_sequence", 16)}
+    assert matexport("verify", "-m", tmp_path / "out", "--source", source).code == 0
+
+
+def test_files_are_full_of_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantised weight counts as what it takes, not as what it was."""
+    source = text_checkpoint(tmp_path / "source", hidden_size_per_layer_input=32)
+    monkeypatch.setitem(TARGETS, "web", replace(TARGETS["web"], max_file=30_000))
+    with pytest.raises(UsageError, match="--quantize int4-block"):  # the table has 114 kB in float32
+        mx.export_onnx(mx.plan(source), tmp_path / "out", target="web")
+    mx.export_onnx(mx.plan(source), tmp_path / "out", target="web", quantize="int4-block")
+    sizes = [path.stat().st_size for path in (tmp_path / "out" / "onnx").glob("*.onnx_data*")]
+    assert len(sizes) > 5
+    assert max(sizes) <= 30_000
+
+
 def test_what_it_cannot_be(language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = matexport("onnx", "-m", language, "-o", tmp_path / "out", "--target", "web", "--form", "custom")
     assert result.code == 2
     assert "cannot run form 'custom'" in result.stderr
-    graph = Graph("attention")
-    graph.input("past_key_values.0.key", "F32", ["batch", 1, "past", 8])
-    with pytest.raises(UsageError, match="this one has attention"):
-        rename_states(graph)
     monkeypatch.setitem(TARGETS, "web", replace(TARGETS["web"], max_file=10_000))
     with pytest.raises(UsageError, match="one weight has") as caught:
         mx.export_onnx(mx.plan(language), tmp_path / "out", target="web")

@@ -1,243 +1,171 @@
-"""Kits: complete, right by independent readers, and used as on the target, with ONNX Runtime behind a stub of trtexec.
-
-That TensorRT itself builds and runs what they contain is NOT tested here.
-"""
+"""Kits: what is in them, that it is proven, and what cannot be one."""
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
+import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+import tomllib
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+import onnx
 import pytest
 
 import matexport as mx
-from support import DIGITS, Result, language_checkpoint, matexport
-
-STUB = Path(__file__).parents[1] / "helpers" / "trtexec.py"
-VERSIONS = (100300, 101600, 110100)
-
-
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with trtexec, for PATH."""
-    folder = tmp_path_factory.mktemp("bin")
-    program = folder / "trtexec"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(STUB))} "$@"\n')
-    program.chmod(0o755)
-    return folder
+import matexport_plugins
+from kits import bash, shellcheck
+from matexport.errors import InputError
+from matexport.manifest import describe_file
+from matexport.targets import KITS
+from matexport.tensorrt.build import rtx_environment
+from support import DIGITS, REPOSITORY, content, matexport
 
 
-@pytest.fixture(scope="module")
-def vision_kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    kit = tmp_path_factory.mktemp("kits") / "a kit's folder"  # names that a shell could trip over
-    result = matexport("trt", "-m", DIGITS, "-s", "eighth", "-o", kit, "--target", "h100")
+def test_verified(kit_source: Path, language_kit: Path, tmp_path: Path) -> None:
+    """Anywhere: its ONNX folder and its golden values, by the oracle; also after it was built."""
+    result = matexport("verify", "-m", language_kit, "--source", kit_source, "--format", "json")
     assert result.code == 0, result
-    return kit
+    kinds = {c["name"]: c["kind"] for c in result.json["comparisons"]}
+    assert {"logits", "golden: logits", "golden: states.conv", "golden: states.scan"} <= kinds.keys()
+    assert {
+        f"golden {p}: {n}" for p in ("prefill", "decode") for n in ("logits", "present.1.conv_state")
+    } <= kinds.keys()
+    assert {kinds["onnx/model.onnx"], kinds["golden/decode/out/logits.bin"], kinds["build.sh"]} == {"digest"}
+    assert "provenance" in kinds.values()
+    kit = Path(shutil.copytree(language_kit, tmp_path / "kit"))
+    (kit / "model.engine").write_text("built")
+    (kit / "results").mkdir()
+    (kit / "notes.txt").write_text("not ours")
+    result = matexport("verify", "-m", kit, "--source", kit_source, "--format", "json")
+    assert [c["name"] for c in result.json["comparisons"] if not c["passed"]] == ["notes.txt"]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return language_checkpoint(tmp_path_factory.mktemp("kits") / "source", n_layer=2, ngroups=2)
-
-
-@pytest.fixture(scope="module")
-def language_kit(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    kit = tmp_path_factory.mktemp("kits") / "language"
-    mx.build_trt(source, kit, target="jetson-thor")
-    return kit
-
-
-@pytest.fixture(scope="module", params=["vision", "language"])
-def kit(request: pytest.FixtureRequest) -> Path:
-    found: Path = request.getfixturevalue(f"{request.param}_kit")
-    return found
-
-
-@pytest.fixture
-def copy(kit: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(kit, tmp_path / "kit"))
-
-
-def bash(script: Path, tools: Path | None, *options: str, version: int = 101600, fault: str = "") -> Result:
-    """Runs a script of a kit from another folder, as a person might."""
-    path = f"{tools}{os.pathsep}/usr/bin:/bin" if tools else "/usr/bin:/bin"
-    variables = {"PATH": path, "TRTEXEC_VERSION": str(version), "TRTEXEC_FAULT": fault}
-    done = subprocess.run(
-        [str(script), *options], cwd=tools or "/", env=variables, capture_output=True, text=True, check=False
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def shellcheck() -> str:
-    beside = Path(sys.executable).with_name("shellcheck")
-    found = str(beside) if beside.exists() else shutil.which("shellcheck")
-    assert found, "shellcheck is not installed: pip install -e '.[dev]'"
-    return found
-
-
-def test_the_scripts_are_clean(kit: Path) -> None:
-    scripts = sorted(kit.glob("*.sh"))
-    assert [script.name for script in scripts] == ["build.sh", "verify.sh"]
-    done = subprocess.run([shellcheck(), *scripts], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert all(os.access(script, os.X_OK) for script in scripts)
-    done = subprocess.run(
-        [shellcheck(), "-"], input="#!/bin/bash\ncd $1\n", capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1  # it can fail
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_built_and_verified(kit: Path, tmp_path: Path, tools: Path, version: int) -> None:
-    folder = shutil.copytree(kit, tmp_path / "kit")
-    built = bash(folder / "build.sh", tools, "--timingCacheFile=timing.cache", version=version)
-    assert built.code == 0, built
-    assert (folder / "timing.cache").read_text() == f"timings of {version}"
-    (folder / "timing.cache").unlink()
-    checked = bash(folder / "verify.sh", tools, version=version)
-    assert checked.code == 0, checked
-    assert checked.stdout.splitlines()[-1].startswith("PASSED")
-    outputs = len(list(folder.glob("golden/*/out/*.bin")))
-    assert checked.stdout.count(": ok, largest error ") == outputs
-    assert outputs == (1 if "default" in checked.stdout else 2 * 5)
-    used = (folder / "results").rglob("trtexec.log")
-    assert {"--accuracyAlgorithm=cos" in log.read_text() for log in used} == {version >= 110100}
-    other = bash(folder / "verify.sh", tools, version=100900)
-    assert other.code == 1
-    assert "not compatible with this version" in other.stderr
-
-
-@pytest.mark.parametrize("version", VERSIONS[1:])
-def test_a_wrong_engine_fails(copy: Path, tools: Path, version: int) -> None:
-    assert bash(copy / "build.sh", tools, version=version).code == 0
-    profile = "default" if (copy / "golden" / "default").is_dir() else "decode"
-    output = "logits" if profile == "default" else "present.1.recurrent_state"
-    for fault, code in (("1.00005", 0), ("1.0003", 3), ("0", 3), ("-1", 3), ("nan", 3)):
-        found = bash(copy / "verify.sh", tools, version=version, fault=f"{output}:{fault}")
-        assert found.code == code, (fault, found)
-        assert (f"{profile}: {output}: FAILED" in found.stdout) == (code == 3)
-        assert found.stdout.count("FAILED,") == (0 if code == 0 else found.stdout.count(f"{output}: FAILED")) + (
-            found.stdout.count("by trtexec's own comparison")
-        )
-    assert "by trtexec's own comparison" not in found.stdout  # of NaN it says nothing
-
-
-def test_a_wrong_golden_value_fails(copy: Path, tools: Path) -> None:
-    assert bash(copy / "build.sh", tools).code == 0
-    file = next(copy.glob("golden/*/out/logits.bin"))
+def test_golden_values_that_are_not_the_models(kit_source: Path, language_kit: Path, tmp_path: Path) -> None:
+    """Wrong in the same way in files and manifest, so that digests agree: outputs of another model, or other states."""
+    kit = Path(shutil.copytree(language_kit, tmp_path / "kit"))
+    file = kit / "golden" / "decode" / "in" / "past_key_values.0.recurrent_state.bin"
     values = np.fromfile(file, np.float32)
-    values[values.size // 2] += 1e-2 * np.abs(values).max()
-    file.write_bytes(values.tobytes())
-    found = bash(copy / "verify.sh", tools)
-    assert found.code == 3
-    assert found.stdout.count(": FAILED") == 1
-    file.write_bytes(values.tobytes()[:-4])
-    assert "no such output of this size" in bash(copy / "verify.sh", tools).stdout
+    file.write_bytes((values * 1.01).astype(np.float32).tobytes())
+    manifest = json.loads((kit / "matexport.json").read_text())
+    manifest["files"][str(file.relative_to(kit))] = describe_file(file)
+    (kit / "matexport.json").write_text(json.dumps(manifest))
+    result = matexport("verify", "-m", kit, "--source", kit_source, "--format", "json")
+    assert result.code == 3, result
+    failed = {c["name"] for c in result.json["comparisons"] if not c["passed"]}
+    assert "golden decode: logits" in failed
+    assert not any(name.startswith("golden prefill") for name in failed)
 
 
-def test_a_missing_input_or_a_shape_outside_the_profile_fails(copy: Path, tools: Path) -> None:
-    assert bash(copy / "build.sh", tools).code == 0
-    script = copy / "verify.sh"
-    whole = script.read_text()
-    script.write_text(re.sub(r"^  (pixel_values|input_ids):2x", r"  \1:65x", whole, count=1, flags=re.M))
-    found = bash(script, tools)
+def test_the_manifest(language_kit: Path) -> None:
+    manifest = json.loads((language_kit / "matexport.json").read_text())
+    assert (manifest["kind"], manifest["target"], manifest["capabilities"]) == ("kit", "jetson-thor", [110])
+    assert (manifest["precisions"], manifest["tf32"], manifest["tolerance"]) == (["float32"], False, 1e-4)
+    assert manifest["golden"]["prefill"]["inputs"]["input_ids"] == {"dtype": "int64", "shape": [2, 70]}
+    assert manifest["golden"]["decode"]["inputs"]["attention_mask"] == {"dtype": "int64", "shape": [2, 71]}
+    assert manifest["files"].keys() | {"matexport.json"} == content(language_kit).keys()
+    shown = matexport("inspect", "-m", language_kit).stdout
+    assert "kind: kit" in shown
+    assert "run build.sh and verify.sh on the machine it is for (jetson-thor)" in shown
+    assert "input_ids: 1x1 to 8x2048, best 1x128" in shown
+
+
+def test_golden_values_keep_to_small_profiles(kit_source: Path, tmp_path: Path) -> None:
+    shapes = {"input_ids": ((1, 3), (1, 4), (1, 5))}
+    manifest = mx.build_trt(kit_source, tmp_path / "kit", target="a100", shapes=shapes)
+    assert list(manifest["golden"]) == ["default"]
+    assert manifest["golden"]["default"]["inputs"]["input_ids"]["shape"] == [1, 5]
+    shapes["attention_mask"] = ((1, 9), (1, 9), (1, 9))
+    with pytest.raises(InputError, match="from 1x9 to 1x9, and there is no golden value of it in 1x5"):
+        mx.build_trt(kit_source, tmp_path / "no", target="a100", shapes=shapes)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("name", KITS)
+def test_every_target(name: str, tmp_path: Path) -> None:
+    result = matexport("trt", "-m", DIGITS, "-s", "eighth", "-o", tmp_path / name, "--target", name)
+    assert result.code == 0, result
+    assert "a kit, " in result.stdout
+    assert content(tmp_path / name).keys() >= {"README.md", "build.sh", "verify.sh", "onnx/model.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--timing-cache", "t"], "--timingCacheFile=FILE"),
+        (["--plugin", "triton"], "use --plugin cuda"),
+        (["--plugin", "cuda", "--embed-plugin"], "--setPluginsToSerialize"),
+        (["--plugin", "cuda", "--in-place"], "leave out --in-place"),
+    ],
+)
+def test_what_a_kit_cannot_have(tmp_path: Path, options: list[str], message: str) -> None:
+    result = matexport("trt", "-m", DIGITS, "-s", "eighth", "-o", tmp_path / "kit", "--target", "h100", *options)
+    assert result.code == 2, result
+    assert message in result.stderr
+    assert not (tmp_path / "kit").exists()
+
+
+def test_a_kit_of_one_file_is_refused(tmp_path: Path) -> None:
+    mx.export_onnx(DIGITS, tmp_path / "one.onnx", slice="eighth", target="portable")
+    result = matexport("trt", "-m", tmp_path / "one.onnx", "-o", tmp_path / "kit", "--target", "h100")
+    assert result.code == 4
+    assert "a kit takes a folder" in result.stderr
+
+
+def test_a_kit_with_plugins(plugin_kit: Path, tmp_path: Path, tools: Path) -> None:
+    """The model for the plugins beside the other one, whose golden values are proven; scripts that compile and load."""
+    done = subprocess.run([shellcheck(), *plugin_kit.rglob("*.sh")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert {"plugin/build.sh", "plugin/native/trt_plugin.cc", "onnx/model.fused.onnx"} <= content(plugin_kit).keys()
+    fused = onnx.load(plugin_kit / "onnx" / "model.fused.onnx", load_external_data=False)
+    assert not fused.functions
+    assert {node.op_type for node in fused.graph.node} >= {"Mamba2Scan", "CausalConv1d"}
+    manifest = json.loads((plugin_kit / "matexport.json").read_text())
+    assert manifest["plugins"]["ops"] == ["CausalConv1d", "Mamba2Scan"]
+    kit = Path(shutil.copytree(plugin_kit, tmp_path / "kit"))
+    missing = bash(kit / "plugin" / "build.sh", tools, NVCC="/nowhere/nvcc")
+    assert missing.code == 5
+    assert "NVCC=/path/to/nvcc" in missing.stderr
+    compiler = tools / "nvcc"
+    compiler.write_text('#!/bin/bash\nprintf "%s\n" "$@" >log\n[ -f "${@: -3:1}" ] && cp log "${!#}"\n')
+    compiler.chmod(0o755)
+    built = bash(kit / "build.sh", tools)
+    assert built.code == 0, built
+    assert "-arch=sm_87" in (kit / "plugin" / "libmatexport_trt.so").read_text()
+    (kit / "plugin" / "log").unlink()
+    assert bash(kit / "verify.sh", tools).code == 0
+    text = (kit / "verify.sh").read_text()
+    (kit / "verify.sh").write_text(text.replace("--dynamicPlugins=../../plugin/libmatexport_trt.so", "--iterations=1"))
+    found = bash(kit / "verify.sh", tools)
     assert found.code == 1
-    assert "does not satisfy any optimization profiles" in found.stderr
-    script.write_text(whole)
-    file = next(copy.glob("golden/*/in/*.bin"))
-    file.unlink()
-    found = bash(script, tools)
-    assert found.code == 1
-    assert f"Cannot open file ../../{file.relative_to(copy)}" in found.stderr
+    assert "Plugin not found" in found.stderr
+    (kit / "verify.sh").write_text(text)
+    result = matexport("verify", "-m", kit, "--source", DIGITS)
+    assert result.code == 0, result
+    assert "| golden: logits | onnx |" in result.stdout
 
 
-def test_without_trtexec_or_an_engine(copy: Path, tools: Path) -> None:
-    for name in ("build.sh", "verify.sh"):
-        found = bash(copy / name, None)
-        assert found.code == 5
-        assert "TRTEXEC=/path/to/trtexec" in found.stderr
-    found = bash(copy / "verify.sh", tools)
-    assert found.code == 1
-    assert "./build.sh" in found.stderr
-
-
-def test_a_failed_build_leaves_no_engine(copy: Path, tools: Path) -> None:
-    (copy / "onnx" / "model.onnx_data").unlink()
-    found = bash(copy / "build.sh", tools)
-    assert found.code != 0
-    assert not (copy / "model.engine").exists()
-
-
-def test_every_file_that_is_named_exists(kit: Path) -> None:
-    """In scripts and README, and what the scripts make of inputs and outputs."""
-    texts = {name: (kit / name).read_text() for name in ("build.sh", "verify.sh", "README.md")}
-    named = {path for text in texts.values() for path in re.findall(r"\b(?:onnx|golden)/[\w./-]*[\w]", text)}
-    for blocks in re.finditer(r"^inputs=\((.*?)\)\noutputs=\((.*?)\)\ncheck (\w+) \d", texts["verify.sh"], re.M | re.S):
-        for group, items in zip(("in", "out"), blocks.groups()[:2], strict=True):
-            named |= {f"golden/{blocks[3]}/{group}/{item.split(':')[0]}.bin" for item in items.split()}
-    assert len([path for path in named if path.endswith(".bin")]) == len(list(kit.rglob("*.bin")))
-    for path in named:
-        assert (kit / path).exists(), path
-    assert "@" not in "".join(texts.values()).replace('"$@"', "").replace("[@]", "")
-
-
-def test_numbers_of_sixteen_bits_are_read_right(vision_kit: Path, tmp_path: Path) -> None:
-    """verify.sh decodes them with awk: all bit patterns, against NumPy."""
-    import ml_dtypes
-
-    text = (vision_kit / "verify.sh").read_text()
-    functions = "".join(re.findall(r"^(?:numbers|halves)\(\) \{\n.*?^\}\n", text, re.M | re.S))
-    patterns = np.arange(65536, dtype=np.uint16)
-    for kind in ("float16", "bfloat16"):
-        (tmp_path / "raw").write_bytes(patterns.tobytes())
-        done = subprocess.run(
-            ["bash", "-c", f"{functions}\nnumbers {kind} raw"], cwd=tmp_path, capture_output=True, text=True
-        )
-        got = np.array(done.stdout.split(), np.float64)
-        want = patterns.view(getattr(ml_dtypes, kind, kind)).astype(np.float64)
-        finite = np.isfinite(want)
-        assert np.isnan(got[~finite]).all()
-        np.testing.assert_allclose(got[finite], want[finite], rtol=1e-8)
-
-
-def test_golden_values_in_polygraphys_format(kit: Path, tmp_path: Path) -> None:
-    """Read by polygraphy itself; then it runs the model on them, as the README says, and compares."""
-    from polygraphy.comparator import RunResults
-    from polygraphy.json import load_json
-
-    for folder in (kit / "golden").iterdir():
-        [inputs] = load_json(str(folder / "inputs.json"))
-        [(_, [outputs])] = RunResults.load(str(folder / "outputs.json")).items()
-        for group, arrays in (("in", inputs), ("out", outputs)):
-            assert {f"{name}.bin" for name in arrays} == {path.name for path in (folder / group).iterdir()}
-            for name, array in arrays.items():
-                assert array.tobytes() == (folder / group / f"{name}.bin").read_bytes()
-    readme = (kit / "README.md").read_text()
-    commands = re.findall(r"^ {4}(polygraphy run .*?)\n\n", readme, re.M | re.S)
-    assert len(commands) == len(list((kit / "golden").iterdir()))
-    for command in commands:
-        here = re.sub(r"model.engine .*?\\", r"onnx/model.onnx --onnxrt \\", command)
-        assert polygraphy(here, kit) == 0
-        shutil.copytree(kit, tmp_path / "bad", dirs_exist_ok=True)
-        for file in tmp_path.rglob("atol.txt"):
-            file.write_text(" ".join(f"{item.split(':')[0]}:0" for item in file.read_text().split()))
-        for file in tmp_path.rglob("model.onnx_data"):
-            data = bytearray(file.read_bytes())
-            data[-4:] = np.float32(3).tobytes()
-            file.write_bytes(data)
-        assert polygraphy(here, tmp_path / "bad") == 1
-
-
-def polygraphy(command: str, folder: Path) -> int:
-    variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=variables, capture_output=True, text=True, check=False
+def test_the_plugins_compile(plugin_kit: Path, tmp_path: Path) -> None:
+    """With a real nvcc, from what is in the kit alone; TensorRT-RTX finds both plugins in the library."""
+    if not shutil.which("nvcc"):
+        pytest.skip("there is no nvcc: the sources in the kit were NOT compiled")
+    kit = Path(shutil.copytree(plugin_kit / "plugin", tmp_path / "plugin"))
+    done = subprocess.run([str(kit / "build.sh")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import sys, tensorrt_rtx as trt\nregistry = trt.get_plugin_registry()\nregistry.load_library(sys.argv[1])\n"
+        "print(sorted(c.name for c in registry.all_creators if c.plugin_namespace == 'ai.matexport'))"
     )
-    assert "Comparing Output" in done.stdout, done
-    return done.returncode
+    library = kit / "libmatexport_trt.so"
+    with rtx_environment() as environment:
+        found = subprocess.run([sys.executable, "-c", code, library], env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == "['CausalConv1d', 'Mamba2Scan']", found.stderr
+
+
+def test_the_sources_of_the_plugins_are_in_the_wheel() -> None:
+    excluded = tomllib.loads((REPOSITORY / "plugins" / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"]
+    patterns = [pattern.removeprefix("**/") for pattern in excluded["exclude"]]
+    assert any(PurePosixPath("native/kernels.cc").match(pattern) for pattern in patterns)
+    for name in matexport_plugins.trt_sources():
+        assert not any(PurePosixPath(name).match(pattern) for pattern in patterns), name

@@ -37,6 +37,16 @@ def test_a_given_axis_counts_for_all_inputs() -> None:
     }  # fmt: skip
 
 
+def test_of_a_cache() -> None:
+    """It holds the tokens that are not new, none at first."""
+    inputs: dict[str, tuple[int | str, ...]] = {**TOKENS, "state": ("batch", 4, "past_sequence")}
+    found = profiles(inputs, {}, "m")
+    assert found["prefill"]["state"] == ((1, 4, 0), (1, 4, 0), (8, 4, 32767))
+    assert found["decode"]["state"] == ((1, 4, 0), (1, 4, 127), (8, 4, 32767))
+    own: Profile = ((1, 4, 0), (2, 4, 3), (2, 4, 9))
+    assert profiles(inputs, {"state": own}, "m")["decode"]["state"] == own
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -10,15 +10,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import cuda_kernels
 import matexport as mx
+import matexport_plugins
+from matexport.engines import plan_engine
 from matexport.errors import InputError, MissingError
 from matexport.gpus import Gpu, find_gpus
+from matexport.manifest import read_manifest
 from matexport.runtimes import tensorrt as runtime
 from matexport.tensorrt import build
 from support import DIGITS, language_checkpoint, matexport
@@ -88,6 +93,16 @@ def test_vision_from_an_onnx_folder(gpu: list[Gpu], tmp_path: Path) -> None:
     result = matexport("verify", "-m", tmp_path / "e", "--source", DIGITS, "--inputs", tmp_path / "many.npz")
     assert result.code == 4
     assert "no profile takes 'pixel_values' in shape 4x3x8x8; 'default' takes 2x3x8x8 to 3x3x8x8" in result.stderr
+
+
+def test_of_a_slice_by_what_it_was_cut_from(gpu: list[Gpu], tmp_path: Path) -> None:
+    """An engine and a kit of a standalone slice."""
+    mx.plan(DIGITS, "eighth").write(tmp_path / "slice")
+    for target in ("tensorrt", "h100"):
+        mx.build_trt(tmp_path / "slice", tmp_path / target, target=target)
+        for source in (DIGITS, tmp_path / "slice"):
+            result = matexport("verify", "-m", tmp_path / target, "--source", source)
+            assert result.code == 0, result
 
 
 @pytest.mark.parametrize("output", ["logits", "present.1.recurrent_state"])
@@ -176,9 +191,13 @@ def test_what_a_library_refuses(engine: Path, gpu: list[Gpu]) -> None:
     manifest = json.loads((engine / "matexport.json").read_text())
     with pytest.raises(InputError, match="cannot be loaded: Magic tag does not match"):
         runtime.open_engine(engine, manifest)
-    change(engine, tensorrt={"flavour": "toaster", "version": "1"})
-    with pytest.raises(InputError, match="manifest cannot be read"):
-        runtime.require_engine(engine, json.loads((engine / "matexport.json").read_text()))
+    odd: list[dict[str, object]] = [
+        {"tensorrt": {"flavour": "toaster", "version": "1"}}, {"tensorrt": 3}, {"capabilities": "x"}, {"inputs": []},
+        {"profiles": None},
+    ]  # fmt: skip
+    for entries in odd:
+        with pytest.raises(InputError, match="manifest cannot be read"):
+            runtime.require_engine(engine, {**manifest, **entries})
 
 
 def test_other_names_or_profiles_than_the_manifest_says(engine: Path, gpu: list[Gpu]) -> None:
@@ -187,6 +206,30 @@ def test_other_names_or_profiles_than_the_manifest_says(engine: Path, gpu: list[
         runtime.open_engine(engine, {**manifest, "inputs": {"x": {}}})
     with pytest.raises(InputError, match="other profiles"):
         runtime.open_engine(engine, {**manifest, "profiles": {"default": {}}})
+
+
+def test_states_that_are_written_in_place(engine: Path, source: Path, gpu: list[Gpu]) -> None:
+    """Input and output have one address; what was given is not touched."""
+    manifest = json.loads((engine / "matexport.json").read_text())
+    names = [name for name in manifest["outputs"] if name.endswith("state")]
+    aliases = {name: name.replace("present", "past_key_values", 1) for name in names}
+    program = runtime.open_engine(engine, manifest).program
+    aliased = runtime.open_engine(engine, {**manifest, "aliases": aliases}).program
+    ids, mask = np.array([[5, 3, 8]]), np.ones((1, 3), np.int64)
+    given = {**program.tokens(ids, mask), **program.zeros(1)}
+    want, got = program.run(given), aliased.run(given)
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array)
+    assert not any(given[name].any() for name in aliases.values())
+    addresses = runtime_addresses(aliased)
+    assert all(addresses[output] == addresses[given] for output, given in aliases.items())
+    assert len(set(addresses.values())) == len(addresses) - len(aliases)
+
+
+def runtime_addresses(program: Any) -> dict[str, int]:
+    """Of the last run."""
+    found: dict[str, int] = program.run.__self__._context.addresses
+    return found
 
 
 def test_without_pytorch_on_cuda(engine: Path, gpu: list[Gpu], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +269,25 @@ def test_the_builder_is_asked_for_the_same_in_tensorrt_11(
     assert mx.build_trt(source, tmp_path / "e", target="tensorrt")["tensorrt"]["version"] == "11.1.0.106"
 
 
+def test_the_plan_needs_no_gpu(source: Path, tmp_path: Path) -> None:
+    """Its profiles are those that the engine gets; what is missing here is said."""
+    planned = plan_engine(source, slice="half", target="rtx-ada")
+    assert planned["missing"] is None
+    built = mx.build_trt(source, tmp_path / "rtx", slice="half", target="rtx-ada")
+    assert json.loads(json.dumps(planned["profiles"])) == json.loads(json.dumps(built["profiles"]))
+    mx.export_onnx(source, tmp_path / "onnx", slice="half", target="portable")
+    assert plan_engine(tmp_path / "onnx", target="rtx-ada")["profiles"] == planned["profiles"]
+    command = "trt", "-m", source, "-s", "half", "--dry-run", "--target", "tensorrt", "--target", "h200"
+    result = matexport(*command, "-o", tmp_path / "no")
+    assert result.code == 0, result
+    assert not (tmp_path / "no").exists()
+    assert "input_ids: 1x1 to 8x2048, best 1x128" in result.stdout
+    assert "cannot be built here: target 'tensorrt' needs" in result.stdout
+    assert "h200: a kit for TensorRT, GPUs 9.0" in result.stdout
+    assert matexport(*command, "--plugin", "cuda").code == 0
+    assert matexport("trt", "-m", source).code == 2  # without it an output is needed
+
+
 def test_gpus_are_found_by_their_driver(tmp_path: Path) -> None:
     """A driver in C, with one A100 and one Orin."""
     compiler = cuda_kernels.compiler()
@@ -253,3 +315,64 @@ def test_gpus_are_found_by_their_driver(tmp_path: Path) -> None:
         subprocess.run(command, input=code, text=True, check=True, env=dict(os.environ))
         assert ", ".join(map(str, find_gpus(str(library)))) == found
     assert find_gpus("libno-such-driver.so.1") == ()
+
+
+# ------------------------------------------------------------------------------------------------- with plugins
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of the library of plugins the stand-in wants no more than its entrance; our ops it computes with ONNX Runtime."""
+    if matexport_plugins.ort_library() is None:
+        pytest.skip("there is no libmatexport_ort")
+    with pytest.MonkeyPatch.context() as patch:
+        if matexport_plugins.trt_library() is None:
+            path = tmp_path_factory.mktemp("library") / "libmatexport_cuda.so"
+            flags = ("-fno-exceptions",)
+            cuda_kernels.compile_for_cpu(path, cuda_kernels.KERNELS, "native/trt_plugin.cc", flags=flags)
+            patch.setattr(matexport_plugins, "trt_library", lambda: path)
+        yield
+
+
+WAYS = {
+    "cuda": ["--plugin=cuda"], "embedded": ["--plugin=cuda", "--embed-plugin"],
+    "in place": ["--plugin=cuda", "--in-place"], "triton": ["--plugin=triton"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_what_plugins_need_before_an_engine_is_loaded(
+    way: str, source: Path, gpu: list[Gpu], library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library is loaded, or allowed, or Python registers; new states are read where old ones were. Or it fails."""
+    built = matexport("trt", "-m", source, "-s", "half", "-o", tmp_path / "e", "--target", "tensorrt", *WAYS[way])
+    assert built.code == 0, built
+    plan = json.loads((tmp_path / "e" / "model.engine").read_text())
+    assert plan["plugins"]
+    assert len(plan["aliased"]) == (4 if way == "in place" else 0)
+    assert len(plan["embedded"]) == (way == "embedded")
+    verify = ("verify", "-m", tmp_path / "e", "--source", source)
+    with monkeypatch.context() as patch:  # in a process that does none of it
+        patch.setattr(runtime._Loaded, "_load_plugins", lambda *a: None)
+        with pytest.raises(InputError, match="Cannot find plugin: Mamba2Scan"):
+            runtime.open_engine(tmp_path / "e", read_manifest(tmp_path / "e"))
+    result = matexport(*verify)
+    assert result.code == 0, result
+    if way == "in place":
+        change(tmp_path / "e", aliases={})
+        assert matexport(*verify).code == 3  # the outputs that were bound are not what was written
+
+
+def test_plugins_that_cannot_be_loaded(
+    source: Path, gpu: list[Gpu], library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = matexport("trt", "-m", source, "-s", "half", "-o", tmp_path / "e", "--target", "tensorrt", "--plugin=cuda")
+    assert built.code == 0, built
+    manifest = read_manifest(tmp_path / "e")
+    (tmp_path / "e" / manifest["plugins"]["library"]).write_bytes(b"no library")
+    with pytest.raises(InputError, match=r"'libmatexport_cuda.so', cannot be loaded"):
+        runtime.open_engine(tmp_path / "e", manifest)
+    manifest["plugins"]["library"] = "../libmatexport_cuda.so"  # of a manifest, only a name counts
+    with pytest.raises(InputError, match=r"'libmatexport_cuda.so', cannot be loaded"):
+        runtime.open_engine(tmp_path / "e", manifest)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingError, match="its plugins are in Triton"):
+        runtime.open_engine(tmp_path / "e", {**manifest, "plugins": {"kind": "triton", "embedded": False}})

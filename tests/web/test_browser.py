@@ -13,6 +13,7 @@ import pytest
 
 import matexport as mx
 from browser import MODULES, Browser, browser, missing
+from gemma import multimodal_checkpoint, text_checkpoint
 from matexport.dims import Dims
 from matexport.families.rows import WHOLE
 from matexport.graph.stateful import FORMS
@@ -138,6 +139,42 @@ def test_weights_in_fewer_bits(chromium: Browser, language: Path, options: dict[
     forward = load_onnx(chromium.root / name / "onnx" / "model.onnx")
     prompts = [[[3, 1, 4, 1, 5]], [[9, 2], [6, 5]]]
     want = []
+    for rows in map(np.array, prompts):
+        tokens = rows
+        for _ in range(steps):
+            tokens = np.concatenate([tokens, forward({"input_ids": tokens})["logits"][:, -1].argmax(-1)[:, None]], 1)
+        want.append(tokens[:, rows.shape[1] :].tolist())
+    assert generate(chromium, name, prompts, steps) == want
+
+
+def test_gemma_in_two_graphs(chromium: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers.js's own class has them, without towers; a row with skipped layers, weights in several files."""
+    monkeypatch.setitem(TARGETS, "web", replace(TARGETS["web"], max_file=60_000))
+    source = multimodal_checkpoint(tmp_path / "source")
+    planned = mx.plan(source, Row("mixed", skipped=(3, 8), ffn=Dims(fill=32)))
+    name, steps = "gemma", 10
+    mx.export_onnx(planned, chromium.root / name, target="web")
+    files = sorted(path.name for path in (chromium.root / name / "onnx").glob("*.onnx"))
+    assert files == ["decoder_model_merged.onnx", "embed_tokens.onnx"]
+    assert (chromium.root / name / "onnx" / "decoder_model_merged.onnx_data_1").is_file()
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 97, (batch, length)).tolist() for batch, length in ((1, 2), (1, 9), (2, 20))]
+    want = [greedy(planned, rows, steps) for rows in prompts]
+    assert generate(chromium, name, prompts, steps) == want
+    assert len({tuple(row) for rows in want for row in rows}) > 2
+    report = mx.verify(chromium.root / name, source)
+    assert report.passed, report.to_markdown()
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"quantize": "int4-block"}], ids=str)
+def test_gemma_in_fewer_bits(chromium: Browser, tmp_path: Path, options: dict[str, str]) -> None:
+    """transformers.js generates what the same files give in onnxruntime."""
+    source = text_checkpoint(tmp_path / "source", hidden_size_per_layer_input=32)
+    name, steps = f"gemma-{'-'.join(options.values())}", 8
+    mx.export_onnx(mx.plan(source), chromium.root / name, target="web", **options)
+    graphs = ("embed_tokens", "decoder_model_merged")
+    forward = load_onnx(*(chromium.root / name / "onnx" / f"{graph}.onnx" for graph in graphs))
+    prompts, want = [[[3, 14, 15, 92, 65]], [[35, 89], [79, 32]]], []
     for rows in map(np.array, prompts):
         tokens = rows
         for _ in range(steps):

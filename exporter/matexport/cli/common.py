@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,3 +154,12 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def shape_ranges(profile: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, str]:
+    """The shapes that a profile takes, inputs that are alike in one line."""
+    alike: dict[str, list[str]] = {}
+    for name, shapes in profile.items():
+        low, best, high = ("x".join(map(str, shapes.get(end, []))) for end in ("min", "opt", "max"))
+        alike.setdefault(f"{low} to {high}, best {best}", []).append(name)
+    return {names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""): text for text, names in alike.items()}

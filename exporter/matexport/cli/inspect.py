@@ -9,7 +9,15 @@ from typing import Any
 import click
 
 from matexport.checkpoint import Checkpoint, open_checkpoint
-from matexport.cli.common import echo_json, format_option, hint, human_bytes, model_option, pickle_option
+from matexport.cli.common import (
+    echo_json,
+    format_option,
+    hint,
+    human_bytes,
+    model_option,
+    pickle_option,
+    shape_ranges,
+)
 from matexport.errors import CheckpointError, MissingError, printable
 from matexport.families import family_of
 from matexport.families.rows import WHOLE
@@ -109,19 +117,11 @@ def _shortened(found: dict[str, Any]) -> dict[str, Any]:
     """For people: ranges of shapes in a line, inputs and files that are many counted."""
     short = dict(found)
     if isinstance(found.get("profiles"), dict):
-        short["profiles"] = {name: _ranges(profile) for name, profile in found["profiles"].items()}
+        short["profiles"] = {name: shape_ranges(profile) for name, profile in found["profiles"].items()}
     if len(found.get("files", {})) > 6:
         size = human_bytes(sum(int(entry.get("bytes", 0)) for entry in found["files"].values()))
         short["files"] = f"{len(found['files'])}, {size}"
     return short
-
-
-def _ranges(profile: dict[str, dict[str, list[int]]]) -> dict[str, str]:
-    alike: dict[str, list[str]] = {}
-    for name, shapes in profile.items():
-        low, best, high = ("x".join(map(str, shapes.get(end, []))) for end in ("min", "opt", "max"))
-        alike.setdefault(f"{low} to {high}, best {best}", []).append(name)
-    return {names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""): text for text, names in alike.items()}
 
 
 def _show(found: dict[str, Any], indent: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,12 +16,14 @@ from matexport.cli.common import (
     load_arrays,
     model_option,
     note,
-    output_option,
     say,
+    shape_ranges,
     slice_option,
     table_option,
 )
+from matexport.engines import plan_engine
 from matexport.errors import UsageError
+from matexport.gpus import dotted
 from matexport.kernels import emit_ptx
 from matexport.targets import TARGETS, target_named
 from matexport.tensorrt import CAPABILITIES, PLUGINS, Profile
@@ -33,7 +36,10 @@ BUILT = ("engine", "kit")
 @model_option
 @table_option
 @slice_option
-@output_option
+@click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="Where to write.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the profiles, and what is missing to build it here; write nothing."
+)
 @click.option(
     "--target", "targets", multiple=True, metavar="NAME",
     help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind in BUILT)}; rtx by default."
@@ -70,14 +76,18 @@ BUILT = ("engine", "kit")
 )  # fmt: skip
 @force_option
 def command(
-    model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], dtype: str | None,
-    quantize: str | None, calibration: Path | None, min_shapes: tuple[str, ...],
+    model: str, table: str | None, row: str | None, output: Path | None, dry_run: bool, targets: tuple[str, ...],
+    dtype: str | None, quantize: str | None, calibration: Path | None, min_shapes: tuple[str, ...],
     opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], timing_cache: Path | None, plugin: str,
     embed_plugin: bool, in_place: bool, ptx: bool, force: bool,
 ) -> None:  # fmt: skip
     """Builds an engine from a checkpoint, or from an ONNX folder (target portable).
 
-    TensorRT-RTX (rtx and rtx-...) builds on any machine, without a GPU. Images come in batches of 1 to 64,
+    TensorRT-RTX (rtx and rtx-...) builds on any machine, without a GPU. TensorRT (tensorrt) builds on its
+    own GPU. Of a100, h100, h200, b200, jetson-orin and jetson-thor it writes a kit: what is needed to
+    build the engine there with trtexec, and to check it, without Python.
+
+    Images come in batches of 1 to 64,
     best 8; texts in batches of 1 to 8, best 1, with 1 to 2048 new tokens, unless all three shapes of an
     input are given. What is given for one input counts for all that share its axes.
 
@@ -94,9 +104,15 @@ def command(
       matexport trt -m half -o half-fp8 --dtype float16 --quantize fp8 --calibration images.npz --target rtx-ada
       matexport trt -m half -o half-fused --plugin cuda --embed-plugin
       matexport trt -m half -o half-ptx --emit-ptx --target rtx-ada
+      matexport trt -m half -o half-h100 --target h100
+      matexport trt -m half --target tensorrt --dry-run
     """
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
+    output = output or Path()
     if ptx:
-        if plugin == "cuda" or embed_plugin or in_place or min_shapes or opt_shapes or max_shapes or quantize or dtype:
+        of_engines = (embed_plugin, in_place, dry_run, min_shapes, opt_shapes, max_shapes, dtype, quantize)
+        if plugin == "cuda" or any(of_engines):
             raise UsageError("--emit-ptx builds no engine", fix="leave out the options of engines")
         _emit_ptx(model, table, row, output, targets, force)
         return
@@ -105,6 +121,10 @@ def command(
     places = {name: output / name if len(set(targets)) > 1 else output for name in targets}
     for name in places:  # before hours of building, not after
         require_precision(target_named(name, BUILT), quantize)
+    if dry_run:
+        for name in places:
+            _show_plan(plan_engine(model, slice=row, table=table, target=name, shapes=shapes, plugin=plugin))
+        return
     measured = load_arrays(calibration, "--calibration")
     for name, place in places.items():
         manifest = api.build_trt(
@@ -119,6 +139,17 @@ def command(
         if "plugins" in manifest and "load" in manifest["plugins"]:
             say(f"  to load it: {manifest['plugins']['load']}")
     hint("inspect", "-m", place)
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    gpus = " or ".join(map(dotted, plan["capabilities"])) or "of this machine"
+    what = f"a kit for {plan['flavour']}" if plan["kind"] == "kit" else f"an engine of {plan['flavour']}"
+    say(f"{plan['target']}: {what}, GPUs {gpus}; {plan['slice']}, {plan['parameters']:,} parameters")
+    for name, profile in plan["profiles"].items():
+        say(f"  profile {name}")
+        for inputs, ranges in shape_ranges(profile).items():
+            say(f"    {inputs}: {ranges}")
+    say(f"  cannot be built here: {plan['missing']}" if plan["missing"] else "  can be made here")
 
 
 def _emit_ptx(

@@ -150,6 +150,27 @@ class Encoding:
         return found
 
 
+def restored(rows: np.ndarray, encoding: Encoding) -> np.ndarray:
+    """float32 rows (r, k), all of a matrix, as they come back: what products with the stored matrix stand for."""
+    method, largest = encoding.method, float(np.abs(rows).max(initial=0))
+    parts = {part: Encoding(method, part, encoding.scale).encode(rows, largest) for part in parts_of(method)}
+    codes, scales = parts["codes"], parts["scales"].astype(np.float32)
+    if method == "int8":
+        return np.asarray(codes * scales[:, None])
+    if encoding.bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], -1)
+    if method in TYPED:
+        if method == "int4-weight":
+            codes = (codes ^ 8).astype(np.int8) - 8
+        values = (codes.view(FP4) if method == "nvfp4" else codes).astype(np.float32)
+        width: int = rows.shape[1]
+        values = values.reshape(len(rows), -1, BLOCKS.get(method, width)) * scales.reshape(len(rows), -1, 1)
+        return np.asarray(values * parts.get("scale", np.float32(1))).reshape(rows.shape)
+    codes = codes.reshape(len(rows), -1, BLOCK)
+    values = (codes.astype(np.float32) - (1 << (encoding.bits - 1))) * scales[..., None]
+    return np.asarray(values.reshape(len(rows), -1)[:, : rows.shape[1]])
+
+
 def _inverse(scales: np.ndarray) -> np.ndarray:
     """1 / scales, and 0 where that is none."""
     found: np.ndarray = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)

@@ -3,6 +3,9 @@
 transformers.js 4.3 has no type for a model of Mamba layers alone. `nemotron_h` mixes Mamba and attention layers, so the
 folder says that it is one, with an attention layer at the end whose cache is a single number a token: its length is
 how `generate()` counts the tokens so far.
+
+Of Gemma 3n it knows the multimodal model only, whose embeddings are a graph of their own: it takes the text model alone
+for that if config.json says so, and feeds the keys and values that a graph asks for.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from matexport.errors import UsageError
 from matexport.graph.builder import Graph
 from matexport.planning import Plan
 
@@ -22,16 +24,10 @@ BATCH = "batch_size"  # the one symbol that transformers.js knows; a state with 
 
 
 def rename_states(graph: Graph) -> int:
-    """Gives the states of a graph transformers.js's names, and adds the cache that counts; returns the layers.
+    """Gives the states of a graph transformers.js's names; returns the number of Mamba layers.
 
-    A graph without states is left as it is.
-
-    Raises:
-        UsageError: its states are others than those of Mamba layers.
+    To Mamba layers the cache that counts is added. A graph without states is left as it is.
     """
-    if any(str(v.name).startswith("past_key_values.") and str(v.name).endswith(".key") for v in graph.inputs):
-        fix = "use --target cpu, or a MatMamba model"
-        raise UsageError("target 'web' writes models whose layers are all Mamba, and this one has attention", fix=fix)
     layers = 0
     for value in [*graph.inputs, *graph.outputs]:
         kind, _, rest = str(value.name).partition(".")
@@ -40,9 +36,7 @@ def rename_states(graph: Graph) -> int:
             prefix = "past" if kind == "past_key_values" else kind
             value.name = f"{prefix}_{NAMES[state]}.{layer}"
             layers = max(layers, int(layer) + 1)
-    if not layers:
-        return 0
-    for name in ("key", "value"):
+    for name in ("key", "value") if layers else ():
         past = graph.input(f"past_key_values.{layers}.{name}", "F32", [BATCH, 1, "past_sequence_length", 1])
         with graph.scope(f"count.{name}"):
             new = graph.op(
@@ -50,7 +44,8 @@ def rename_states(graph: Graph) -> int:
             )
             present = graph.op("Concat", past, new, axis=2)
         graph.output(present, f"present.{layers}.{name}", "F32", [BATCH, 1, "total_sequence", 1])
-    for value in [*graph.inputs, *graph.outputs]:
+    stateful = any(str(value.name).startswith("past_") for value in graph.inputs)
+    for value in [*graph.inputs, *graph.outputs] if stateful else ():
         assert value.shape is not None
         value.shape = ir.Shape([BATCH if size == "batch" else size for size in value.shape])
     return layers
@@ -69,6 +64,10 @@ def web_config(plan: Plan, layers: int, data_files: Mapping[str, int]) -> dict[s
             "num_key_value_heads": 1,
             "head_dim": 1,
         }
+    elif plan.family == "gemma3n":
+        text = config.get("text_config", config)
+        config = {"text_config": text, **{key: value for key, value in config.items() if key.endswith("_token_id")}}
+        config |= {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"]}
     return {**config, "transformers.js_config": js}
 
 

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -77,16 +77,17 @@ def split(layout: Layout, limit: int | None) -> list[Layout]:
         return [layout]
     parts: list[list[tuple[Weight, int]]] = []
     for weight, offset in layout.stored:
-        if weight.tensor.nbytes > limit:
-            what = f"one weight has {weight.tensor.nbytes:,} bytes, and this target takes files of {limit:,}"
-            raise UsageError(what, where=str(weight.value.name), fix="store it in fewer bytes: --dtype float16")
-        if not parts or offset + weight.tensor.nbytes - parts[-1][0][1] > limit:
+        if weight.nbytes > limit:
+            what = f"one weight has {weight.nbytes:,} bytes, and this target takes files of {limit:,}"
+            fix = "store it in fewer bytes: --dtype float16, or --quantize int4-block"
+            raise UsageError(what, where=str(weight.value.name), fix=fix)
+        if not parts or offset + weight.nbytes - parts[-1][0][1] > limit:
             parts.append([])
         parts[-1].append((weight, offset))
     found = []
     for part in parts:
         first, (last, start) = part[0][1], part[-1]
-        end = start + last.tensor.nbytes
+        end = start + last.nbytes
         offsets = {name: offset - first for name, offset in layout.offsets[0].items() if first <= offset < end}
         found.append(Layout(tuple((weight, offset - first) for weight, offset in part), (offsets,), end - first))
     return found
@@ -178,6 +179,8 @@ def _in_threads(work: Callable[[np.ndarray], np.ndarray], items: Iterable[np.nda
 
 def _rows(checkpoint: Checkpoint, view: View) -> Iterator[np.ndarray]:
     count, width = view.shape
+    view = replace(view, shape=view.taken)
     step = max(1, ROWS // width)
     for start in range(0, count, step):
-        yield read(checkpoint, view.restrict(0, (start, min(count, start + step)))).astype(np.float32, copy=False)
+        rows = read(checkpoint, view.restrict(0, (start, min(count, start + step))))
+        yield rows.reshape(-1, width).astype(np.float32, copy=False)

@@ -11,7 +11,7 @@ import numpy as np
 
 from matexport.errors import InputError
 from matexport.families import Family, Forward
-from matexport.parity.comparison import Comparison, compare_outputs, kind_of
+from matexport.parity.comparison import Comparison, compare_outputs, compare_quantised, kind_of
 from matexport.runtimes.ort import open_onnx
 from matexport.runtimes.program import Program, forward
 from matexport.runtimes.tensorrt import open_engine
@@ -44,13 +44,18 @@ def fitting_inputs(samples: Arrays, manifest: Mapping[str, Any], where: str) -> 
 
 
 def check_engine(
-    artefact: Path, manifest: Mapping[str, Any], family: Family, inputs: Arrays, want: Arrays
+    artefact: Path, manifest: Mapping[str, Any], family: Family, inputs: Arrays, want: Arrays, stored: Arrays | None
 ) -> list[Comparison]:
-    """Runs every profile of an engine, and compares what it gives with the oracle's."""
+    """Runs every profile of an engine, and compares what it gives with the oracle's.
+
+    Args:
+        stored: of a quantised one, what the oracle gives with the weights as they are stored.
+    """
     engine = open_engine(artefact, manifest)
     got = forward(engine.program)(inputs)
     left_out = {name for name in want if name.startswith("decode") and name not in got}  # no profile takes the steps
-    found = compare_outputs(kind_of("engine", manifest), got, _comparable(want, manifest, left_out), family)
+    want = _comparable(want, manifest, left_out)
+    found = _compared("engine", manifest, family, got, want, stored)
     for name in engine.profiles:
         if name not in engine.used:
             detail = "was not run: none of the inputs fits it"
@@ -59,14 +64,18 @@ def check_engine(
 
 
 def check_golden(
-    kit: Path, manifest: Mapping[str, Any], family: Family, oracle: Forward, model: Path
+    kit: Path, manifest: Mapping[str, Any], family: Family, oracle: Forward, stored: Forward | None, model: Path
 ) -> list[Comparison]:
-    """Computes the golden values of a kit again, and compares them with the oracle's too."""
+    """Computes the golden values of a kit again, and compares them with the oracle's too.
+
+    Args:
+        stored: of a quantised one, the oracle with the weights as they are stored.
+    """
     try:
         cases = [read_case(kit / "golden" / name, name, entry) for name, entry in manifest["golden"].items()]
     except (KeyError, TypeError, AttributeError) as e:
         raise InputError(f"manifest cannot be read: {e!r}", where=str(kit), fix="write the kit again") from None
-    program, found = open_onnx(model), []
+    program, found = open_onnx(model, own_types=True), []
     same = kind_of("onnx", {**manifest, "quantize": None})  # the same file in the same runtime, on another processor
     for case in cases:
         again = compare_outputs(same, program.run(case.inputs), case.outputs, family)
@@ -74,8 +83,17 @@ def check_golden(
     given, got = _as_whole(program, cases)
     want = oracle(given)
     want = _comparable(want, manifest, {name for name in want if name.removeprefix("whole.") not in got})
-    truth = compare_outputs(kind_of("onnx", manifest), got, want, family)
+    truth = _compared("onnx", manifest, family, got, want, stored(given) if stored else None)
     return found + [replace(c, name=f"golden: {c.name}") for c in truth]
+
+
+def _compared(
+    runtime: str, manifest: Mapping[str, Any], family: Family, got: Arrays, want: Arrays, stored: Arrays | None
+) -> list[Comparison]:
+    """Outputs with the oracle's; of quantised weights with what these give, and what is lost."""
+    if stored is None:
+        return compare_outputs(kind_of(runtime, manifest), got, want, family)
+    return compare_quantised(kind_of(runtime, manifest), got, {name: stored[name] for name in want}, want)
 
 
 def _comparable(want: Arrays, manifest: Mapping[str, Any], left_out: set[str]) -> Arrays:

@@ -11,13 +11,18 @@ from matexport.parity.comparison import Comparison
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons of one artefact with its source, on inputs that are given or random."""
+    """All comparisons of one artefact with its source, on inputs that are given or random.
+
+    Attributes:
+        weights: bytes of a quantised artefact's weights, and of the same in float32.
+    """
 
     artefact: str
     source: str
     slice_name: str
     comparisons: tuple[Comparison, ...]
     inputs: str = "given"
+    weights: tuple[int, int] | None = None
 
     @property
     def passed(self) -> bool:
@@ -37,6 +42,7 @@ class Report:
             "source": self.source,
             "slice": self.slice_name,
             "inputs": self.inputs,
+            **({"weights": dict(zip(("bytes", "float32_bytes"), self.weights, strict=True))} if self.weights else {}),
             "comparisons": [comparison.to_json() for comparison in self.comparisons],
         }
 
@@ -46,7 +52,7 @@ class Report:
         lines = [
             f"# Parity of `{_cell(self.artefact)}`: {verdict}",
             "",
-            f"Slice `{_cell(self.slice_name)}` of `{_cell(self.source)}`. Inputs: {self.inputs}.",
+            f"Slice `{_cell(self.slice_name)}` of `{_cell(self.source)}`. Inputs: {self.inputs}.{self._sizes()}",
             "",
             "| comparison | kind | max abs | max rel | cosine | top-1 | KL | tolerance | |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -58,11 +64,19 @@ class Report:
         for c in self.comparisons:
             if c.kind not in ("provenance", "digest", "config") or not c.passed:
                 numbers = " | ".join(_short(v) for v in (c.max_abs, c.max_rel, c.cosine, c.top1, c.kl))
-                tolerance = "bitwise" if c.tolerance == 0 else f"{c.tolerance:g}"
+                tolerance = "bitwise" if c.tolerance == 0 else "stated" if c.kind == "loss" else f"{c.tolerance:g}"
+                tolerance += " x loss" if c.of_loss is not None else ""
                 outcome = "ok" if c.passed else f"**FAILED** {_cell(c.detail)}"
+                outcome += f" ({c.of_loss:.2g} x loss)" if c.of_loss is not None else ""
                 outcome += f" ({c.quality})" if c.quality else ""
                 lines.append(f"| {_cell(c.name)} | {c.kind} | {numbers} | {tolerance} | {outcome} |")
         return "\n".join([*lines, ""])
+
+    def _sizes(self) -> str:
+        if self.weights is None:
+            return ""
+        stored, plain = self.weights
+        return f" Weights: {stored:,} bytes, {stored / plain:.1%} of {plain:,} in float32."
 
 
 def _short(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +15,16 @@ from matexport.dims import Dims
 from matexport.errors import InputError
 from matexport.families import Family, Forward, family_of, with_options
 from matexport.families.inputs import checked_inputs
+from matexport.families.rows import WHOLE
 from matexport.graph.builder import Graph
 from matexport.graph.encoding import CALIBRATED, METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
-from matexport.parity.comparison import Comparison, compare_outputs, kind_of
+from matexport.parity.comparison import Comparison, compare_outputs, compare_quantised, kind_of
 from matexport.parity.engines import check_engine, check_golden, fitting_inputs
 from matexport.parity.provenance import Stored, prove_files, prove_tensor
 from matexport.parity.quality import quality
 from matexport.parity.report import Report
+from matexport.parity.stored import stored_source
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.runtimes.tensorrt import require_engine
 from matexport.slice_table import FFN, Row
@@ -87,7 +90,8 @@ def verify_artefact(
         if all(comparison.passed for comparison in files):
             raise
         found = [Comparison(artefact.name, kind, False, 0.0, detail=f"{Path(e.where).name} cannot be read: {e.what}")]
-    return Report(artefact.name, source.name, plan.name, (*found, *files), _described(given))
+    weights = _weight_bytes(subject)
+    return Report(artefact.name, source.name, plan.name, (*found, *files), _described(given), weights)
 
 
 def _verify_bundle(
@@ -257,16 +261,62 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
     # an elastic one has the channels of its convolution in another order; the loss of quantised ones is that of outputs
     left_out = "states." if quantize else "states.conv" if subject.manifest.get("elastic") else "no such name"
     want = {name: array for name, array in want.items() if left_out not in name}
-    kind = kind_of("onnx", subject.manifest)
-    got = load_onnx(*files)(inputs)
-    found += compare_outputs(kind, got, want, subject.family)
-    if subject.given and got.keys() & want.keys() >= {"logits"}:
-        worth = quality(inputs, subject.labels, got["logits"], want["logits"])
-        found = [replace(c, quality=worth) if (c.name, c.kind) == ("logits", kind) else c for c in found]
-    if subject.manifest.get("form") == "custom" and kernels():
-        kind = "functions" if kind == "onnx" else kind
-        found += compare_outputs(kind, load_onnx(*files, library=False)(inputs), want, subject.family)
+    family, kind = subject.family, kind_of("onnx", subject.manifest)
+    if quantize:
+        kind, oracle = kind_of("onnx", {**subject.manifest, "quantize": None}), _stored_oracle(subject)
+        assert oracle is not None
+        stored_want = {name: array for name, array in oracle(inputs).items() if name in want}
+    with_functions = any(graph.functions for graph in graphs.values()) and kernels() is not None
+    for library in (True, False) if with_functions and target.form == "custom" else (True,):
+        run = kind if library or kind != "onnx" else "functions"
+        got = load_onnx(*files, library=library)(inputs)
+        if quantize:  # right where inputs of products are not rounded, and if they are, by their rounding alone
+            if quantize not in ("int8", *CALIBRATED):  # whose products are of integers, or of rounded numbers
+                exact = load_onnx(*files, library=library, exact=True)(inputs)
+                found += compare_outputs(run, exact, stored_want, family)
+            found += compare_quantised(f"onnx {quantize}", got, stored_want, want)
+        else:
+            found += compare_outputs(run, got, want, family)
+        if library and subject.given and got.keys() & want.keys() >= {"logits"}:
+            worth, stated = quality(inputs, subject.labels, got["logits"], want["logits"]), "loss" if quantize else kind
+            kinds = stated, f"{stated} {family.NAME}"
+            found = [replace(c, quality=worth) if c.name == "logits" and c.kind in kinds else c for c in found]
     return found
+
+
+def _stored_oracle(subject: Subject) -> Forward | None:
+    """The oracle with the weights as a quantised artefact stores them; None for others."""
+    family, plan = subject.family, subject.plan
+    if subject.manifest.get("quantize") is None:
+        return None
+    weights = _quantised(subject).weights.values()
+    source = stored_source(subject.source, family.plan_slice(subject.source, WHOLE, None), weights, plan.dtype)
+    return family.load_oracle(source, plan.layers, None)
+
+
+def _weight_bytes(subject: Subject) -> tuple[int, int] | None:
+    """Bytes of a quantised artefact's weights, and of the same in float32; None for others."""
+    if subject.manifest.get("quantize") is None:
+        return None
+    plain = subject.family.build_graph(subject.plan.cast("F32"), str(subject.manifest.get("form")))
+    sizes = [sum(weight.nbytes for weight in graph.weights.values()) for graph in (_quantised(subject), plain)]
+    return sizes[0], sizes[1]
+
+
+def _quantised(subject: Subject) -> Graph:
+    """The graph of a quantised artefact, for its weights: what they are multiplied with makes no difference to them."""
+    manifest, where = subject.manifest, str(subject.artefact)
+    method, dtype = manifest.get("quantize"), _computed(manifest)
+    if method not in METHODS or dtype is None:
+        raise InputError("manifest cannot be read", where=where, fix="write the artefact again")
+    options: dict[str, Any] = {"ranges": defaultdict(lambda: 1.0)} if method in CALIBRATED else {}
+    form = str(manifest.get("form"))
+    return subject.family.build_graph(subject.plan, form, quantize=method, dtype=dtype, **options)
+
+
+def _computed(manifest: Mapping[str, Any]) -> str | None:
+    """The type of an artefact's products, None if there is no such type."""
+    return {name: key for key, name in FLOATS.items()}.get(str(manifest.get("dtype", "float32")))
 
 
 def _ranges(manifest: dict[str, Any], where: str) -> dict[str, float]:
@@ -281,7 +331,7 @@ def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
     """The graphs that a manifest says there are, by file. Raises InputError if it says what is none of ours."""
     family, manifest = subject.family, subject.manifest
     quantize, opset = manifest.get("quantize"), manifest.get("opset", family.OPSETS[0])
-    computed = {name: key for key, name in FLOATS.items()}.get(manifest.get("dtype", "float32"))
+    computed = _computed(manifest)
     if not (quantize is None or quantize in METHODS) or opset not in family.OPSETS or computed is None:
         raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
     options: dict[str, Any] = {"quantize": quantize, "opset": opset, "dtype": computed}
@@ -297,7 +347,9 @@ def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
 
 
 def _check_engine(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
-    return check_engine(subject.artefact, subject.manifest, subject.family, inputs, want)
+    oracle = _stored_oracle(subject)
+    stored = oracle(inputs) if oracle else None
+    return check_engine(subject.artefact, subject.manifest, subject.family, inputs, want, stored)
 
 
 def _check_kit(subject: Subject, inputs: Outputs, want: Outputs) -> list[Comparison]:
@@ -306,7 +358,8 @@ def _check_kit(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compari
     inner = replace(subject, artefact=folder, manifest=manifest, record=_record(manifest, subject.source, None))
     if manifest.get("slice") != subject.manifest.get("slice"):
         raise InputError("is of another slice than its ONNX folder", where=str(subject.artefact), fix="write it again")
-    golden = check_golden(subject.artefact, subject.manifest, subject.family, subject.oracle, folder / "model.onnx")
+    oracles = subject.oracle, _stored_oracle(subject)
+    golden = check_golden(subject.artefact, subject.manifest, subject.family, *oracles, folder / "model.onnx")
     return _check_onnx(inner, inputs, want) + golden
 
 

@@ -25,8 +25,7 @@ TYPES = {  # of TensorRT, as PyTorch has them
 
 def require_engine(artefact: Path, manifest: Mapping[str, Any]) -> Gpu:
     """The GPU that runs an engine here; the engine itself is not touched. Raises MissingError, with the reason."""
-    flavour, version = _built_by(artefact, manifest)
-    wanted = [int(n) for n in manifest.get("capabilities", [])]
+    flavour, version, wanted = _built_by(artefact, manifest)
     where, of = str(artefact), f"an engine of {flavour} {version}"
     try:
         installed = str(importlib.import_module(FLAVOURS[flavour]).__version__)
@@ -39,7 +38,9 @@ def require_engine(artefact: Path, manifest: Mapping[str, Any]) -> Gpu:
     if not gpus:
         what = f"is {of} for GPUs of compute capability {known}, and there is none here"
         raise MissingError(
-            what, where=where, fix="verify it on a machine with such a GPU; here, verify its ONNX folder"
+            what,
+            where=where,
+            fix="verify it where such a GPU is; anywhere else, verify the ONNX folder that it was built from",
         )
     if gpus[0].capability not in wanted:
         what = f"is {of} for GPUs of compute capability {known}, and this one is {gpus[0]}"
@@ -47,12 +48,19 @@ def require_engine(artefact: Path, manifest: Mapping[str, Any]) -> Gpu:
     return gpus[0]
 
 
-def _built_by(artefact: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
-    library = manifest.get("tensorrt")
-    found = (library.get("flavour"), library.get("version")) if isinstance(library, dict) else (None, None)
-    if found[0] not in FLAVOURS or not isinstance(found[1], str):
+def _built_by(artefact: Path, manifest: Mapping[str, Any]) -> tuple[str, str, list[int]]:
+    """Flavour, version and the compute capabilities that it is for. Raises InputError."""
+    try:
+        flavour, version = str(manifest["tensorrt"]["flavour"]), str(manifest["tensorrt"]["version"])
+        capabilities = [int(n) for n in manifest["capabilities"]]
+        known = flavour in FLAVOURS and all(
+            isinstance(manifest[key], dict) for key in ("inputs", "outputs", "profiles")
+        )
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
         raise InputError("manifest cannot be read", where=str(artefact), fix="build the engine again")
-    return str(found[0]), found[1]
+    return flavour, version, capabilities
 
 
 def _install(flavour: str, version: str) -> str:
@@ -83,7 +91,7 @@ def open_engine(artefact: Path, manifest: Mapping[str, Any]) -> Engine:
     if torch is None or (DEVICE == "cuda" and not torch.cuda.is_available()):
         what = "engines are run with PyTorch's CUDA build, which is not installed"
         raise MissingError(what, where=str(artefact), fix="pip install 'matexport[gpu]'")
-    flavour, _ = _built_by(artefact, manifest)
+    flavour, _, _ = _built_by(artefact, manifest)
     loaded = _Loaded(importlib.import_module(FLAVOURS[flavour]), artefact, manifest)
     names = list(manifest["profiles"])
     engine = Engine(loaded.program(names), names)
@@ -97,6 +105,7 @@ class _Loaded:
     def __init__(self, trt: Any, artefact: Path, manifest: Mapping[str, Any]) -> None:
         self.where, self.used, self._messages = str(artefact), set[str](), list[str]()
         self._runtime = trt.Runtime(_log(trt, self._messages))
+        self._load_plugins(trt, artefact, manifest.get("plugins") or {})
         self._engine = self._runtime.deserialize_cuda_engine((artefact / "model.engine").read_bytes())
         if self._engine is None:
             raise self._error("cannot be loaded")
@@ -106,6 +115,7 @@ class _Loaded:
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         self.inputs, self.outputs = tuple(manifest["inputs"]), tuple(manifest["outputs"])
+        self._aliases: dict[str, str] = manifest.get("aliases") or {}
         found = sorted(n for n in names if is_input[n]), sorted(n for n in names if not is_input[n])
         if found != (sorted(self.inputs), sorted(self.outputs)):
             raise InputError(
@@ -113,6 +123,25 @@ class _Loaded:
             )
         if self._engine.num_optimization_profiles != len(manifest["profiles"]):
             raise InputError("has other profiles than its manifest says", where=self.where, fix="build it again")
+
+    def _load_plugins(self, trt: Any, artefact: Path, plugins: Mapping[str, Any]) -> None:
+        """What an engine with plugins needs before it is loaded: see `load` in its manifest."""
+        if plugins.get("embedded"):
+            self._runtime.engine_host_code_allowed = True
+        elif "library" in plugins:
+            name = Path(str(plugins["library"])).name
+            if trt.get_plugin_registry().load_library(str(artefact / name)) is None:
+                fix = "build it again: matexport trt --plugin cuda"
+                raise InputError(f"the library of its plugins, {name!r}, cannot be loaded", where=self.where, fix=fix)
+        elif plugins:
+            try:
+                import triton  # noqa: F401
+
+                from matexport_plugins.tensorrt_plugins import register
+            except ImportError as e:
+                fix = "pip install 'matexport[gpu]'"
+                raise MissingError(f"its plugins are in Triton: {e}", where=self.where, fix=fix) from None
+            register(trt)
 
     def program(self, profiles: Sequence[str]) -> Program:
         self._profiles = profiles
@@ -153,6 +182,8 @@ class _Loaded:
         for name in self.outputs:
             kind = getattr(torch, TYPES[self._engine.get_tensor_dtype(name).name])
             buffers[name] = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=kind, device=DEVICE)
+        for output, given in self._aliases.items():  # the new state is written where the old one is
+            buffers[output] = buffers[given]
         held = {name: tensor if tensor.numel() else tensor.new_empty(1) for name, tensor in buffers.items()}
         for name, tensor in held.items():  # an address is wanted even of what is empty
             good = good and self._context.set_tensor_address(name, tensor.data_ptr())

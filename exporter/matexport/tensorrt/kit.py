@@ -70,7 +70,8 @@ def write_kit(
         if plugin != "none":
             described["plugins"] = {"kind": plugin, "ops": _fuse(source), "library": LIBRARY}
             small |= {f"plugin/{name}": path.read_bytes() for name, path in matexport_plugins.trt_sources().items()}
-        files = {f"onnx/{path.name}": describe_file(path) for path in sorted(model.iterdir())}
+        files = {f"onnx/{name}": entry for name, entry in read_manifest(model)["files"].items()}
+        files[f"onnx/{FILE}"] = describe_file(model / FILE)
         small |= {f"golden/{case.profile}/{name}": data for case in cases for name, data in case_files(case).items()}
         limit = tolerance(described)
         small |= {f"golden/{case.profile}/atol.txt": _atol(case, limit).encode() for case in cases}
@@ -136,7 +137,7 @@ def _copy(onnx: Path, folder: Path) -> None:
 
 def _cases(source: Source) -> list[Case]:
     """Golden values of every profile, from random inputs of the model's family."""
-    program = open_onnx(source.file)
+    program = open_onnx(source.file, own_types=True)
     batch, length = sizes(next(iter(source.profiles.values())), source.shapes)
     family = family_named(source.manifest["family"])
     config = read_json(source.folder / "config.json", MAX_MANIFEST)

@@ -19,8 +19,8 @@ TF32 = (
     "Products of float32 are not rounded to TF32: take `--noTF32` out of build.sh for speed, and widen the limit in\n"
     "verify.sh. "
 )
-PLUGIN = f"""The scan and the convolution are plugins in CUDA. `build.sh` first compiles them for this GPU (`plugin/build.sh`,
-with the `nvcc` of CUDA; `NVCC=/path/to/nvcc` says where) into `{LIBRARY}`, without which the engine
+PLUGIN = f"""The scan and the convolution are plugins in CUDA. `build.sh` first compiles them for this GPU
+(`plugin/build.sh`, with the `nvcc` of CUDA; `NVCC=/path/to/nvcc` says where) into `{LIBRARY}`, without which the engine
 does not load: `trtexec --dynamicPlugins={LIBRARY}`, or `getPluginRegistry()->loadLibrary(...)`.
 
 """

@@ -48,6 +48,14 @@ def profiles(
     return {name: {i: _shapes(shape, sizes) for i, shape in inputs.items()} for name, sizes in found.items()}
 
 
+def profiles_json(found: Mapping[str, Mapping[str, Profile]]) -> dict[str, dict[str, dict[str, Shape]]]:
+    """Profiles as manifests have them."""
+    return {
+        profile: {name: dict(zip(("min", "opt", "max"), shapes, strict=True)) for name, shapes in by_input.items()}
+        for profile, by_input in found.items()
+    }
+
+
 def _past(axes: Mapping[str, Axis]) -> Axis:
     """The length of a cache: all tokens but the new ones, and 0 before the first one."""
     (short, best, _), (_, best_total, longest) = axes["sequence"], axes["total_sequence"]

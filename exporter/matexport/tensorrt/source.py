@@ -11,7 +11,7 @@ from matexport.errors import InputError, MismatchError
 from matexport.manifest import file_problems, read_manifest
 from matexport.targets import Target
 from matexport.tensorrt.precision import require_precision
-from matexport.tensorrt.profiles import Profile, profiles
+from matexport.tensorrt.profiles import Profile, profiles, profiles_json
 from matexport.version import __version__
 
 
@@ -52,10 +52,7 @@ class Source:
             "capabilities": list(target.capabilities),
             "precisions": list(self.precisions),
             "tf32": self.tf32,
-            "profiles": {
-                profile: {i: dict(zip(("min", "opt", "max"), sizes, strict=True)) for i, sizes in by_input.items()}
-                for profile, by_input in self.profiles.items()
-            },
+            "profiles": profiles_json(self.profiles),
         }
 
 

@@ -113,7 +113,7 @@ class Attention:
                 size = p.text.head_dim
                 steps = 1 / rope_base(p.config, kind) ** (np.arange(0, size, 2, dtype=np.float32) / size)
                 if not (p.fused or p.contrib):
-                    steps = np.concatenate([steps, steps])
+                    steps = np.concatenate([-steps, steps])  # the sine of the first half is subtracted
                 angle = g.op("Mul", position, g.constant(steps, "F32"))
                 both = (g.op(op, angle) for op in ("Cos", "Sin"))
                 to = int(DTYPES[p.wide])
@@ -134,8 +134,8 @@ class Attention:
         if p.contrib:
             return g.op("RotaryEmbedding", x, *angles, domain=CONTRIB)
         first, second = g.ops("Split", x, axis=3, num_outputs=2, outputs=2)
-        half = g.op("Concat", g.op("Neg", second), first, axis=3)
-        return g.op("Add", g.op("Mul", x, angles[0]), g.op("Mul", half, angles[1]))
+        swapped = g.op("Concat", second, first, axis=3)
+        return g.op("Add", g.op("Mul", x, angles[0]), g.op("Mul", swapped, angles[1]))
 
     def _grown(self, i: int, kind: str, new: ir.Value) -> ir.Value:
         """The keys or values of layer i before, and the new ones."""
@@ -148,7 +148,7 @@ class Attention:
         """softmax(Q K^T + seen) V; there is no factor before the softmax."""
         p, g, text = self.p, self.p.g, self.p.text
         if p.fused:
-            return g.op("Attention", query, key, value, seen, scale=1.0, softmax_precision=int(DTYPES[p.wide]))
+            return g.op("Attention", query, key, value, seen, scale=1.0)
         i64, size = g.constant, text.head_dim
         query = g.op("Reshape", query, i64([0, text.kv_heads, -1, size]))
         scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]))  # fused by ONNX Runtime

@@ -21,4 +21,4 @@ def embed(p: Parts, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
     with g.scope("embed_tokens_per_layer"):
         known = g.op("Less", ids, g.constant(text.per_layer_vocab))
         rows = p.scaled(p.rows(g.op("Where", known, ids, g.constant(0)), PER_LAYER_TABLE), math.sqrt(text.per_layer))
-        return embeds, g.op("Reshape", rows, g.constant([0, 0, text.layers, text.per_layer]))
+        return embeds, g.op("Reshape", rows, g.constant([0, 0, p.stored, text.per_layer]))

@@ -49,7 +49,7 @@ def split_graphs(plan: Plan, form: str = "stock", **options: Any) -> dict[str, G
     text, tokens = first.text, ["batch", "sequence"]
     shapes: dict[str, list[int | str]] = {
         "inputs_embeds": [*tokens, text.hidden],
-        "per_layer_inputs": [*tokens, text.layers, text.per_layer],
+        "per_layer_inputs": [*tokens, first.stored, text.per_layer],
     }
     ids = first.g.input("input_ids", "I64", tokens)
     with first.g.scope("model"):
@@ -74,7 +74,7 @@ class _Decoder:
         g, text = self.g, self.text
         with g.scope("model"):
             x = g.op("Reshape", embeds, g.constant([-1, text.hidden]))
-            inputs = self._inputs(x, g.op("Reshape", own, g.constant([-1, text.layers, text.per_layer])))
+            inputs = self._inputs(x, g.op("Reshape", own, g.constant([-1, self.p.stored, text.per_layer])))
             stack = self._widened(x)
             active = self._active(stack) if text.active else x
             for i in range(text.layers):
@@ -82,12 +82,10 @@ class _Decoder:
                     stack, active = self._layer(i, stack, active, inputs[i])
             x = self._narrowed(stack)
         with g.scope("lm_head"):
-            logits = self.p.logits(x)
             cap = self.p.config.get("final_logit_softcapping", 30.0)
+            logits = self.p.logits(self.p.scaled(x, 1 / cap) if cap else x, self.attention.steps)
             if cap:
-                logits = self.p.scaled(g.op("Tanh", self.p.scaled(logits, 1 / cap)), cap)
-            shape = g.op("Concat", self.attention.steps, g.constant([text.vocab]), axis=0)
-            logits = g.op("Reshape", logits, shape)
+                logits = self.p.scaled(g.op("Tanh", logits), cap)
         g.output(logits, "logits", self.p.wide, ["batch", "sequence", text.vocab])
         self.attention.declare_outputs()
 
@@ -96,10 +94,11 @@ class _Decoder:
         """Each layer's own input (N, p): what it makes of the embedding, and its part of the table's row."""
         p, g, text = self.p, self.g, self.text
         made = p.scaled(p.linear(x, PER_LAYER_PROJECTION.removesuffix(".weight")), text.hidden**-0.5)
-        made = p.norm(g.op("Reshape", made, g.constant([-1, text.layers, text.per_layer])), "per_layer_projection_norm")
+        made = p.norm(g.op("Reshape", made, g.constant([-1, p.stored, text.per_layer])), "per_layer_projection_norm")
         inputs = p.scaled(g.op("Add", made, own), math.sqrt(0.5))
-        parts = g.ops("Split", inputs, axis=1, num_outputs=text.layers, outputs=text.layers)
-        return [g.op("Squeeze", part, g.constant([1])) for part in parts]
+        inputs = g.op("Reshape", inputs, g.constant([-1, p.stored * text.per_layer]))
+        parts = g.ops("Split", inputs, axis=1, num_outputs=p.stored, outputs=p.stored)
+        return [parts[i] for i in p.used]
 
     def _widened(self, x: ir.Value) -> ir.Value:
         """The AltUp stack (N, a, h): x, and projections of it that are as large."""

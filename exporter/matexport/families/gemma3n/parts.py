@@ -12,11 +12,11 @@ import numpy as np
 import onnx_ir as ir
 
 from matexport.families.gemma3n.config import read_config, text_of
-from matexport.families.gemma3n.layout import EMBEDDING, HEAD, INNER, TEXT
+from matexport.families.gemma3n.layout import EMBEDDING, HEAD, INNER, PER_LAYER_PROJECTION, PER_LAYER_TABLE, TEXT
 from matexport.graph import quantized
 from matexport.graph.builder import DTYPES, OPSET, Graph
-from matexport.graph.encoding import BLOCK
-from matexport.planning import Plan
+from matexport.graph.encoding import BLOCK, TYPED
+from matexport.planning import Plan, PlannedTensor, View
 
 FUSED = 23  # the opset from which on ai.onnx has a node each for RMSNorm, rotary embedding and attention
 
@@ -30,7 +30,11 @@ class Parts:
     Args:
         form: "stock" has ai.onnx operators alone; the others take ONNX Runtime's own where that saves nodes.
         opset: from 23 on, ai.onnx has what saves most of them.
-        elastic: every weight of a narrower slice is a range of the bytes of the wider one's.
+        elastic: every weight of a narrower slice is a range of the bytes of the wider one's. A slice that skips layers
+            has the per-layer tensors of all.
+
+    Attributes:
+        stored: how many layers the per-layer tensors are of, and `used` which of these the plan has.
     """
 
     def __init__(
@@ -47,8 +51,21 @@ class Parts:
         self.prefix = INNER if INNER + EMBEDDING in plan.tensors else TEXT
         self._narrowed: dict[ir.Value, ir.Value] = {}
         self.epsilon = float(self.config.get("rms_norm_eps", 1e-6))
+        self.stored, self.used = self.text.layers, list(range(self.text.layers))
+        if elastic:
+            self._store_all_layers([layer.source for layer in plan.layers])
 
     # -------------------------------------------------------------------------------------- weights
+    def _store_all_layers(self, used: list[int]) -> None:
+        """Takes the per-layer table and projection of the source as they are."""
+        shape = self.tensors[self.prefix + PER_LAYER_PROJECTION].view.view_shape
+        shapes = {PER_LAYER_PROJECTION: shape, PER_LAYER_TABLE: (self.text.per_layer_vocab, shape[0])}
+        for name, full in shapes.items():
+            tensor = self.tensors[self.prefix + name]
+            view = View(tensor.view.source, full, tuple(((0, n),) for n in full), full)
+            self.tensors = {**self.tensors, self.prefix + name: PlannedTensor(tensor.dtype, view)}
+        self.stored, self.used = shape[0] // self.text.per_layer, used
+
     def weight(self, name: str) -> ir.Value:
         return self.g.weight(self.prefix + name, self.tensors[self.prefix + name], dtype=self.wide)
 
@@ -78,14 +95,27 @@ class Parts:
             return quantized.gather(g, ids, self.prefix + name, tensor, g.quantize)
         return self.widened(g.gather(self.prefix + name, tensor, ids))
 
-    def logits(self, x: ir.Value) -> ir.Value:
-        """x (N, h) times the head, or the embedding where that is the head too."""
-        g = self.g
+    def logits(self, x: ir.Value, steps: ir.Value) -> ir.Value:
+        """x (N, h) times the head, or the embedding where that is the head too: (*steps, vocabulary).
+
+        Where possible nothing of that size is reshaped: as an output of the graph it would be copied.
+        """
+        g, text = self.g, self.text
         name = HEAD if HEAD in self.tensors else self.prefix + EMBEDDING
+        tensor = self.tensors[name]
         g.products[name] = x
-        if g.quantize and (name == HEAD or quantized.gathers(self.tensors[name], g.quantize)):
-            return quantized.linear(g, x, [(name, self.tensors[name])], g.quantize)[0]
-        return self.widened(g.op("Gemm", self.narrowed(x), g.weight(name, self.tensors[name]), transB=1))
+        in_bits = bool(g.quantize) and (name == HEAD or quantized.gathers(tensor, g.quantize))
+        rows = g.quantize in TYPED or not (in_bits or self.contrib)
+        if not rows:
+            x = g.op("Reshape", x, g.op("Concat", steps, g.constant([text.hidden]), axis=0))
+        if in_bits:
+            y = quantized.linear(g, x, [(name, tensor)], str(g.quantize))[0]
+        elif rows:
+            y = self.widened(g.op("Gemm", self.narrowed(x), g.weight(name, tensor), transB=1))
+        else:
+            product = g.op("FusedMatMul", self.narrowed(x), g.weight(name, tensor), transB=1, domain=quantized.CONTRIB)
+            y = self.widened(product)
+        return g.op("Reshape", y, g.op("Concat", steps, g.constant([text.vocab]), axis=0)) if rows else y
 
     # ------------------------------------------------------------------------------------ functions
     def norm(self, x: ir.Value, name: str | None) -> ir.Value:

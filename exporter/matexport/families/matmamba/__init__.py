@@ -81,7 +81,7 @@ def build_graph(
 
     vision = plan.config["model_type"] == "matmamba_vision"
     g = Graph("matmamba_vision" if vision else "matmamba_lm", dtype, opset)
-    g.quantize, g.ranges = quantize, ranges or {}
+    g.quantize, g.ranges = quantize, {} if ranges is None else ranges
     return (vision_graph if vision else language_graph)(g, plan, form, elastic=elastic)
 
 
