@@ -117,9 +117,12 @@ def test_scales_that_float16_hardly_has() -> None:
 def test_verified(exported: Path, sources: dict[str, Path], kind: str, method: str) -> None:
     report = mx.verify(exported / f"{kind}-{method}", sources[kind])
     assert report.passed, report.to_markdown()
+    lost = [c for c in report.comparisons if c.kind == "loss"]
+    assert lost
+    assert all(c.max_rel and c.max_rel > 1e-3 and c.kl is not None for c in lost)  # and it says how far
     compared = [c for c in report.comparisons if c.kind == f"onnx {method}"]
-    assert compared
-    assert all(c.max_rel and c.max_rel > 1e-3 and c.kl is not None for c in compared)  # and it says how far
+    assert len(compared) == len(lost)
+    assert all(c.of_loss is not None and c.of_loss < c.tolerance for c in compared)  # and computes what its weights say
     proven = {c.name for c in report.comparisons if c.kind == "provenance"}
     prefix = "backbone." if kind == "language" else ""
     assert proven >= {f"{prefix}layers.0.mixer.in_proj.weight.{part}" for part in parts_of(method)}
