@@ -348,8 +348,8 @@ def _tolerance(manifest: Mapping[str, Any]) -> float:
     # both are in fp32, so that the errors of both count
     both = TOLERANCES.get(f"fp32 {manifest['family']}", 0.0)
     method = manifest.get("quantize")
-    rounded = method if method in CALIBRATED else None  # what products take is rounded coarsely, to either side
-    return max(TOLERANCES[kind_of("engine", {**manifest, "quantize": rounded})], both)
+    rounded = TOLERANCES[f"golden {method}"] if method in CALIBRATED else 0.0
+    return max(TOLERANCES[kind_of("engine", {**manifest, "quantize": None})], rounded, both)
 
 
 def is_onnx(path: Path, slice: str | None) -> bool:
