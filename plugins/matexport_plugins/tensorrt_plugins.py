@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NAMESPACE, VERSION = "ai.matexport", "1"
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool"}  # TensorRT's names and torch's
-_creators: list[Any] = []  # the registry does not own what Python made
+_creators: dict[Any, list[Any]] = {}  # by module; a registry does not own what Python made
 
 Shape = Sequence[int]
 
@@ -69,7 +69,7 @@ class Op(Protocol):
 
 
 def register(trt: Any) -> None:
-    """Registers the plugins. Once is enough; again does nothing.
+    """Registers the plugins with a module. Once is enough; again does nothing.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
@@ -77,7 +77,7 @@ def register(trt: Any) -> None:
     Raises:
         ValueError: other plugins have these names already: those in CUDA.
     """
-    if _creators:
+    if trt in _creators:
         return
     registry = trt.get_plugin_registry()
     taken = {(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators}
@@ -85,10 +85,9 @@ def register(trt: Any) -> None:
         if (op.name, VERSION, NAMESPACE) in taken:
             raise ValueError(f"{op.name} is registered already, by the CUDA library: load one or the other")
     plugin, creator = plugin_class(trt), creator_class(trt)
-    for op in (Mamba2Scan, CausalConv1d):
-        made = creator(op, plugin)
+    _creators[trt] = [creator(op, plugin) for op in (Mamba2Scan, CausalConv1d)]
+    for made in _creators[trt]:
         registry.register_creator(made, NAMESPACE)
-        _creators.append(made)
 
 
 def type_name(kind: Any) -> str:

@@ -105,6 +105,7 @@ def test_doctor() -> None:
     assert parts["torch"]["version"]
     assert parts["torch"]["install"] is None
     assert "torch" in matexport("doctor").stdout
+    assert parts["TensorRT plugins"]["version"] or "nvcc" in parts["TensorRT plugins"]["install"]
 
 
 @pytest.mark.parametrize("verb", main.VERBS)

@@ -72,6 +72,8 @@ def test_everything_compiles_within_the_limits_of_the_gpu(capability: int, cache
         assert kernel["hidden"] == 2
         assert len(aot.parameters(ptx)) == len(kernel["arguments"])
         assert set(kernel["numbers"]) == {k for k, v in kernel["arguments"].items() if v == "i32"}
+        if kernel["name"] == "step_kernel":  # bound by bandwidth: all of a thread's state at once, in 16-byte accesses
+            assert re.findall(r"(ld|st)\.global\.v4", ptx) == ["ld"] * 16 + ["st"] * 16
         if kernel["name"] == "scan_kernel" and "bf16" in kernel["arguments"]["x_ptr"]:
             assert tensor_cores(capability) in ptx
         assert not re.search(r"\.file|\.loc|/tmp|/home|plugins/", ptx)  # no folder of the machine that compiled it

@@ -62,12 +62,15 @@ def test_the_kernels_of_a_language_model(tmp_path: Path) -> None:
 
 
 def test_a_model_of_images_has_no_steps(tmp_path: Path) -> None:
-    mx.export_onnx(DIGITS, tmp_path / "onnx", slice="eighth")
+    mx.export_onnx(DIGITS, tmp_path / "onnx", slice="eighth", target="cuda", dtype="bfloat16")
     result = compiled("-m", tmp_path / "onnx", "-o", tmp_path / "ptx", "--target", "rtx-ampere")
     assert result.code == 0, result
     about = json.loads((tmp_path / "ptx" / "sm_86" / "kernels.json").read_text())
     assert {tuple(node) for node in about["nodes"]} == {("node", "op", "prefill")}
-    assert not any("state_ptr" in kernel["arguments"] for kernel in about["kernels"].values())
+    for kernel in about["kernels"].values():
+        assert not {"state_ptr", "mask_ptr"} & set(kernel["arguments"])
+        assert kernel["arguments"].get("x_ptr", "*bf16") == "*bf16"
+    assert all("final_ptr" not in k["outputs"] for k in about["kernels"].values() if k["name"] == "scan_kernel")
 
 
 def test_by_default_every_gpu_there_is_a_kernel_for() -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import pytest
 
 import cuda_kernels
 import matexport as mx
+import matexport_plugins
 from matexport.engines import plan_engine
 from matexport.errors import InputError, MissingError
 from matexport.gpus import Gpu, find_gpus
+from matexport.manifest import read_manifest
 from matexport.runtimes import tensorrt as runtime
 from matexport.tensorrt import build
 from support import DIGITS, language_checkpoint, matexport
@@ -205,30 +208,6 @@ def test_other_names_or_profiles_than_the_manifest_says(engine: Path, gpu: list[
         runtime.open_engine(engine, {**manifest, "profiles": {"default": {}}})
 
 
-def test_plugins_are_there_before_the_engine(engine: Path, gpu: list[Gpu], monkeypatch: pytest.MonkeyPatch) -> None:
-    import tensorrt as fake
-
-    manifest = json.loads((engine / "matexport.json").read_text())
-    seen: list[tuple[list[str], bool]] = []
-    load = fake.Runtime.deserialize_cuda_engine
-
-    def watched(self: Any, data: bytes) -> Any:
-        seen.append((list(fake.REGISTRY.libraries), self.engine_host_code_allowed))
-        return load(self, data)
-
-    monkeypatch.setattr(fake.Runtime, "deserialize_cuda_engine", watched)
-    for plugins in (
-        {},
-        {"kind": "cuda", "library": "lib.so", "embedded": True},
-        {"kind": "cuda", "library": "../lib.so", "embedded": False},  # of a manifest, only a name counts
-    ):
-        runtime.open_engine(engine, {**manifest, "plugins": plugins})
-    assert seen == [([], False), ([], True), ([str(engine / "lib.so")], False)]
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(MissingError, match="its plugins are in Triton"):
-        runtime.open_engine(engine, {**manifest, "plugins": {"kind": "triton", "embedded": False}})
-
-
 def test_states_that_are_written_in_place(engine: Path, source: Path, gpu: list[Gpu]) -> None:
     """Input and output have one address; what was given is not touched."""
     manifest = json.loads((engine / "matexport.json").read_text())
@@ -336,3 +315,64 @@ def test_gpus_are_found_by_their_driver(tmp_path: Path) -> None:
         subprocess.run(command, input=code, text=True, check=True, env=dict(os.environ))
         assert ", ".join(map(str, find_gpus(str(library)))) == found
     assert find_gpus("libno-such-driver.so.1") == ()
+
+
+# ------------------------------------------------------------------------------------------------- with plugins
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of the library of plugins the stand-in wants no more than its entrance; our ops it computes with ONNX Runtime."""
+    if matexport_plugins.ort_library() is None:
+        pytest.skip("there is no libmatexport_ort")
+    with pytest.MonkeyPatch.context() as patch:
+        if matexport_plugins.trt_library() is None:
+            path = tmp_path_factory.mktemp("library") / "libmatexport_cuda.so"
+            flags = ("-fno-exceptions",)
+            cuda_kernels.compile_for_cpu(path, cuda_kernels.KERNELS, "native/trt_plugin.cc", flags=flags)
+            patch.setattr(matexport_plugins, "trt_library", lambda: path)
+        yield
+
+
+WAYS = {
+    "cuda": ["--plugin=cuda"], "embedded": ["--plugin=cuda", "--embed-plugin"],
+    "in place": ["--plugin=cuda", "--in-place"], "triton": ["--plugin=triton"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_what_plugins_need_before_an_engine_is_loaded(
+    way: str, source: Path, gpu: list[Gpu], library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library is loaded, or allowed, or Python registers; new states are read where old ones were. Or it fails."""
+    built = matexport("trt", "-m", source, "-s", "half", "-o", tmp_path / "e", "--target", "tensorrt", *WAYS[way])
+    assert built.code == 0, built
+    plan = json.loads((tmp_path / "e" / "model.engine").read_text())
+    assert plan["plugins"]
+    assert len(plan["aliased"]) == (4 if way == "in place" else 0)
+    assert len(plan["embedded"]) == (way == "embedded")
+    verify = ("verify", "-m", tmp_path / "e", "--source", source)
+    with monkeypatch.context() as patch:  # in a process that does none of it
+        patch.setattr(runtime._Loaded, "_load_plugins", lambda *a: None)
+        with pytest.raises(InputError, match="Cannot find plugin: Mamba2Scan"):
+            runtime.open_engine(tmp_path / "e", read_manifest(tmp_path / "e"))
+    result = matexport(*verify)
+    assert result.code == 0, result
+    if way == "in place":
+        change(tmp_path / "e", aliases={})
+        assert matexport(*verify).code == 3  # the outputs that were bound are not what was written
+
+
+def test_plugins_that_cannot_be_loaded(
+    source: Path, gpu: list[Gpu], library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = matexport("trt", "-m", source, "-s", "half", "-o", tmp_path / "e", "--target", "tensorrt", "--plugin=cuda")
+    assert built.code == 0, built
+    manifest = read_manifest(tmp_path / "e")
+    (tmp_path / "e" / manifest["plugins"]["library"]).write_bytes(b"no library")
+    with pytest.raises(InputError, match=r"'libmatexport_cuda.so', cannot be loaded"):
+        runtime.open_engine(tmp_path / "e", manifest)
+    manifest["plugins"]["library"] = "../libmatexport_cuda.so"  # of a manifest, only a name counts
+    with pytest.raises(InputError, match=r"'libmatexport_cuda.so', cannot be loaded"):
+        runtime.open_engine(tmp_path / "e", manifest)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingError, match="its plugins are in Triton"):
+        runtime.open_engine(tmp_path / "e", {**manifest, "plugins": {"kind": "triton", "embedded": False}})

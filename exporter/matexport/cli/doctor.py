@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+import matexport_plugins
 from matexport.cli.common import echo_json, echo_table, format_option
 from matexport.gpus import find_gpus
 
@@ -19,6 +20,7 @@ PARTS = (
     ("run ONNX", "onnxruntime", "onnxruntime", "pip install 'matexport[ort]'"),
     ("build RTX engines", "tensorrt_rtx", "tensorrt_rtx", "pip install 'matexport[rtx]'"),
     ("build TensorRT engines", "tensorrt", "tensorrt", "install TensorRT on the machine with the GPU"),
+    ("Triton kernels, PTX", "triton", "triton", "pip install triton"),
     ("custom ops", "matexport-plugins", "matexport_plugins", "pip install matexport-plugins"),
 )
 
@@ -38,6 +40,12 @@ def command(style: str) -> None:
         usable = spec is not None and spec.origin is not None
         version = _version(distribution) if usable else None
         found.append({"part": distribution, "for": purpose, "version": version, "install": None if usable else install})
+    library = matexport_plugins.trt_library()
+    found.append({
+        "part": "TensorRT plugins", "for": "trt --plugin cuda",
+        "version": matexport_plugins.__version__ if library else None,
+        "install": None if library else "install matexport-plugins again, beside an nvcc",
+    })  # fmt: skip
     tool = shutil.which("trtexec")
     found.append(
         {"part": "trtexec", "for": "build kits", "version": tool, "install": None if tool else "part of TensorRT"}

@@ -23,7 +23,6 @@ TOLERANCES = {
     "stock": 1e-5,  # another library's class: the same
     "onnx": 1e-5,  # another runtime: the same, about 100 units in the last place
     "onnx gemma3n": 1e-4,  # with the truth in float64, at once and step by step; see `NOISE`
-    "functions gemma3n": 1e-4,
     "decode gemma3n": 1e-4,
     "fp32 gemma3n": 1e-3,  # with the truth in fp32, of a model too large for float64: layers amplify both errors
     # products in fewer bits: 32 times the rounding of one number, which is 2^-11 or 2^-8. A layer rounds weights and

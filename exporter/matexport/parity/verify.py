@@ -325,7 +325,7 @@ def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
     """The graphs that a manifest says there are, by file. Raises InputError if it says what is none of ours."""
     family, manifest = subject.family, subject.manifest
     quantize, opset = manifest.get("quantize"), manifest.get("opset", family.OPSETS[0])
-    computed = {name: key for key, name in FLOATS.items()}.get(manifest.get("dtype", "float32"))
+    computed = {name: key for key, name in FLOATS.items()}.get(str(manifest.get("dtype", "float32")))
     if not (quantize is None or quantize in METHODS) or opset not in family.OPSETS or computed is None:
         raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
     options: dict[str, Any] = {"quantize": quantize, "opset": opset, "dtype": computed}

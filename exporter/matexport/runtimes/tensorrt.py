@@ -129,7 +129,10 @@ class _Loaded:
         if plugins.get("embedded"):
             self._runtime.engine_host_code_allowed = True
         elif "library" in plugins:
-            trt.get_plugin_registry().load_library(str(artefact / Path(str(plugins["library"])).name))
+            name = Path(str(plugins["library"])).name
+            if trt.get_plugin_registry().load_library(str(artefact / name)) is None:
+                fix = "build it again: matexport trt --plugin cuda"
+                raise InputError(f"the library of its plugins, {name!r}, cannot be loaded", where=self.where, fix=fix)
         elif plugins:
             try:
                 import triton  # noqa: F401

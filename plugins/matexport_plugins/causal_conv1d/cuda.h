@@ -8,6 +8,7 @@ namespace matexport::cuda {
 
 constexpr int kConvThreads = 128;  // channels in a block
 constexpr int kConvSteps = 32;     // steps in a block
+constexpr int kConvBatch = 8;      // of them that a thread reads before it writes the first
 constexpr int kMostTaps = 256;     // k
 
 template <class T>
@@ -79,28 +80,36 @@ __global__ void __launch_bounds__(kConvThreads) conv_rows(ConvArgs<T> p) {
   const int count = int(own);
   const float bias = p.bias[channel];
   const float *weight = p.weight + channel * k;
-  if (mask)
-    for (int i = 0; i < kConvSteps && t0 + i < p.length; ++i)
+  const int64_t here = p.length - t0 < kConvSteps ? p.length - t0 : kConvSteps;
+  if (count < here)
+    for (int i = 0; i < here; ++i)
       if (!mask[t0 + i]) p.y[(b * p.length + t0 + i) * p.channels + channel] = nearest<T>(0.f);
   float taps[kTaps ? kTaps : 1], window[kTaps ? kTaps : 1];
   if (kTaps && count) {
     CUDA_UNROLL for (int i = 0; i < kTaps; ++i) taps[i] = weight[i];
     CUDA_UNROLL for (int i = 1; i < kTaps; ++i) window[i] = conv_input(p, b, channel, steps[i - 1]);
   }
-#ifdef __CUDACC__
-#pragma unroll 4
-#endif
-  for (int i = 0; i < count; ++i) {
-    const int64_t step = steps[k - 1 + i];
-    float sum = bias;
-    if (kTaps) {
-      CUDA_UNROLL for (int j = 1; j < kTaps; ++j) window[j - 1] = window[j];
-      window[kTaps - 1] = conv_input(p, b, channel, step);
-      CUDA_UNROLL for (int j = 0; j < kTaps; ++j) sum += taps[j] * window[j];
-    } else {
-      for (int j = 0; j < k; ++j) sum += weight[j] * conv_input(p, b, channel, steps[i + j]);
+  const auto at = [=](int i) { return (b * p.length + steps[k - 1 + i]) * p.channels + channel; };
+  if (kTaps) {
+    for (int i0 = 0; i0 < count; i0 += kConvBatch) {
+      T inputs[kConvBatch] = {};
+      CUDA_UNROLL for (int u = 0; u < kConvBatch; ++u)
+        if (i0 + u < count) inputs[u] = p.x[at(i0 + u)];
+      CUDA_UNROLL for (int u = 0; u < kConvBatch; ++u)
+        if (i0 + u < count) {
+          CUDA_UNROLL for (int j = 1; j < kTaps; ++j) window[j - 1] = window[j];
+          window[kTaps - 1] = value(inputs[u]);
+          float sum = bias;
+          CUDA_UNROLL for (int j = 0; j < kTaps; ++j) sum += taps[j] * window[j];
+          p.y[at(i0 + u)] = nearest<T>(silu(sum));
+        }
     }
-    p.y[(b * p.length + step) * p.channels + channel] = nearest<T>(silu(sum));
+  } else {
+    for (int i = 0; i < count; ++i) {
+      float sum = bias;
+      for (int j = 0; j < k; ++j) sum += weight[j] * conv_input(p, b, channel, steps[i + j]);
+      p.y[at(i)] = nearest<T>(silu(sum));
+    }
   }
 }
 

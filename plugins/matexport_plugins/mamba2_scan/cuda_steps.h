@@ -19,7 +19,7 @@ struct alignas(4 * kVector) Floats {
 };
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kScanThreads, 7) scan_steps(ScanArgs<T> p) {
+__global__ void __launch_bounds__(kScanThreads, 6) scan_steps(ScanArgs<T> p) {
   CUDA_SHARED(memory);
   float *sums = reinterpret_cast<float *>(memory);  // (rows, columns)
   const int vectors = int(p.P / kVector);

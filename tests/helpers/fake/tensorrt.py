@@ -3,6 +3,7 @@
 Names, arguments, order of calls and what is returned where something does not fit follow the package (python/src/infer
 of NVIDIA/TensorRT 11.1). An engine is JSON: model, profiles and settings. Tensors are read and written at the addresses
 that a context is given, in the memory of this process. From the environment: FAKE_TENSORRT_FAULT, `OUTPUT:FACTOR`.
+Plugins are there once a library, or Python, has brought them; what they compute, our ops for ONNX Runtime compute.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import ctypes
 import enum
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import external_data_helper
+
+import matexport_plugins
 
 __version__ = os.environ.get("FAKE_TENSORRT_VERSION", "10.16.1.11")
 
@@ -59,6 +64,79 @@ class Tensor:
         self.shape = tuple(n if isinstance(n, int) else -1 for n in value.shape)
 
 
+NAMESPACE = "ai.matexport"
+
+
+class PreviewFeature(enum.Enum):
+    ALIASED_PLUGIN_IO_10_03 = 1
+
+
+class IPluginV3:
+    pass
+
+
+class IPluginV3OneCore:
+    pass
+
+
+class IPluginV3OneBuild:
+    pass
+
+
+class IPluginV3OneRuntime:
+    pass
+
+
+class IPluginCreatorV3One:
+    pass
+
+
+class PluginFieldType(enum.Enum):
+    INT32, FLOAT32 = 1, 2
+
+
+def PluginField(name: str, data: Any, kind: PluginFieldType) -> Any:  # noqa: N802
+    return name, data, kind
+
+
+def PluginFieldCollection(fields: list[Any]) -> list[Any]:  # noqa: N802
+    return fields
+
+
+class Creator:
+    def __init__(self, name: str) -> None:
+        self.name, self.plugin_version, self.plugin_namespace = name, "1", NAMESPACE
+
+
+class Registry:
+    def __init__(self) -> None:
+        self.all_creators = list[Any]()
+
+    def load_library(self, path: str) -> Any:
+        try:
+            ctypes.CDLL(path).getCreators  # noqa: B018
+        except (OSError, AttributeError):
+            return None
+        self.all_creators += [Creator("Mamba2Scan"), Creator("CausalConv1d")]
+        return self
+
+    def register_creator(self, creator: Any, namespace: str) -> bool:
+        assert creator.plugin_namespace == namespace
+        self.all_creators.append(creator)
+        return True
+
+
+registry = Registry()
+
+
+def get_plugin_registry() -> Registry:
+    return registry
+
+
+def plugins_are_known() -> bool:
+    return {"Mamba2Scan", "CausalConv1d"} <= {creator.name for creator in registry.all_creators}
+
+
 class Network:
     def __init__(self, strong: bool) -> None:
         self.strong, self.model, self.inputs, self.outputs = strong, b"", list[Tensor](), list[Tensor]()
@@ -79,12 +157,15 @@ class OnnxParser:
 
     num_errors = property(lambda self: len(self.errors))
 
-    def parse(self, data: bytes, path: str) -> bool:
-        """`path`: where the model is, beside its weights."""
+    def parse(self, model: bytes, path: str) -> bool:
+        """Weights lie beside the file at `path`."""
+        loaded = onnx.load_from_string(model)
+        if any(node.domain == NAMESPACE for node in loaded.graph.node) and not plugins_are_known():
+            self.errors.append("Plugin not found, are the plugin name, version, and namespace correct?")
+            return False
         try:
-            model = onnx.load_from_string(data)
-            onnx.load_external_data_for_model(model, os.path.dirname(path))
-            self.network.model = model.SerializeToString()
+            external_data_helper.load_external_data_for_model(loaded, str(Path(path).parent))
+            self.network.model = loaded.SerializeToString()
             opened = session(self.network.model)
         except Exception as e:
             self.errors.append(str(e))
@@ -99,22 +180,6 @@ class OnnxParser:
                 self.desc, self.node_operator, self.node_name = (lambda: text), (lambda: ""), (lambda: "")
 
         return Error(self.errors[index])
-
-
-class PluginRegistry:
-    def __init__(self) -> None:
-        self.libraries: list[str] = []
-
-    def load_library(self, path: str) -> object:
-        self.libraries.append(path)
-        return path
-
-
-REGISTRY = PluginRegistry()
-
-
-def get_plugin_registry() -> PluginRegistry:
-    return REGISTRY
 
 
 class Profile:
@@ -137,6 +202,10 @@ class BuilderConfig:
     def __init__(self, logger: ILogger) -> None:
         self.logger, self.flags, self.profiles = logger, {BuilderFlag.TF32}, list[Profile]()
         self.cache: TimingCache | None = None
+        self.plugins_to_serialize, self.preview = list[str](), set[Any]()
+
+    def set_preview_feature(self, feature: Any, on: bool) -> None:
+        (self.preview.add if on else self.preview.discard)(feature)
 
     def add_optimization_profile(self, profile: Profile) -> int:
         self.profiles.append(profile)
@@ -188,9 +257,17 @@ class Builder:
                     return None
         if config.cache:
             config.cache.count += 1
+        nodes = onnx.load_from_string(network.model).graph.node
+        aliased = [(n.output[1], i) for n in nodes for a in n.attribute if a.name == "in_place"
+                   for i in n.input if i.startswith("past")]  # fmt: skip
+        if aliased and PreviewFeature.ALIASED_PLUGIN_IO_10_03 not in config.preview:
+            self.logger.log(ILogger.ERROR, "Aliased I/O, but PreviewFeature::kALIASED_PLUGIN_IO_10_03 not enabled")
+            return None
         return json.dumps({
             "version": __version__, "model": base64.b64encode(network.model).decode(), "strong": network.strong,
             "tf32": BuilderFlag.TF32 in config.flags, "profiles": [profile.shapes for profile in config.profiles],
+            "plugins": any(node.domain == NAMESPACE for node in nodes), "embedded": config.plugins_to_serialize,
+            "aliased": aliased,
         }).encode()  # fmt: skip
 
 
@@ -201,7 +278,11 @@ class Runtime:
 
     def deserialize_cuda_engine(self, data: bytes) -> Engine | None:
         try:
-            return Engine(json.loads(data), self.logger)
+            plan = json.loads(data)
+            if plan["plugins"] and not plugins_are_known() and not (plan["embedded"] and self.engine_host_code_allowed):
+                self.logger.log(ILogger.ERROR, "Cannot find plugin: Mamba2Scan, version: 1, namespace: ai.matexport.")
+                return None
+            return Engine(plan, self.logger)
         except ValueError:
             self.logger.log(ILogger.ERROR, "Magic tag does not match")
             return None
@@ -280,7 +361,10 @@ class Context:
             given[name] = np.zeros(self.shapes[name], self._numpy(name))
             ctypes.memmove(given[name].ctypes.data, self.addresses[name], given[name].nbytes)
         fault, _, factor = os.environ.get("FAKE_TENSORRT_FAULT", "").partition(":")
+        aliased = dict(self.engine.plan["aliased"])
         for name, array in self._infer(given).items():
+            if name in aliased and self.addresses[name] != self.addresses[aliased[name]]:
+                continue  # written over the state, and what was bound to the output stays as it was
             if name == fault:
                 array = (array * float(factor)).astype(array.dtype)
             ctypes.memmove(self.addresses[name], array.ctypes.data, array.nbytes)
@@ -300,4 +384,7 @@ def session(model: str | bytes) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    library = matexport_plugins.ort_library()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

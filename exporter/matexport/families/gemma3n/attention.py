@@ -148,7 +148,7 @@ class Attention:
         """softmax(Q K^T + seen) V; there is no factor before the softmax."""
         p, g, text = self.p, self.p.g, self.p.text
         if p.fused:
-            return g.op("Attention", query, key, value, seen, scale=1.0, softmax_precision=int(DTYPES[p.wide]))
+            return g.op("Attention", query, key, value, seen, scale=1.0)
         i64, size = g.constant, text.head_dim
         query = g.op("Reshape", query, i64([0, text.kv_heads, -1, size]))
         scores = g.op("MatMul", query, g.op("Transpose", key, perm=[0, 1, 3, 2]))  # fused by ONNX Runtime

@@ -61,7 +61,10 @@ check() {
   local profile=$1 shapes="" loads="" references="" own=() item
   for item in "${inputs[@]}"; do
     shapes+=",$item"
-    loads+=",${item%:*}:../../golden/$profile/in/${item%:*}.bin"
+    case x${item##*:}x in
+      *x0x*) ;; # of an empty cache trtexec reads no file
+      *) loads+=",${item%:*}:../../golden/$profile/in/${item%:*}.bin" ;;
+    esac
   done
   for item in "${outputs[@]}"; do
     references+=",${item%:*}:../../golden/$profile/out/${item%:*}.bin"
