@@ -324,7 +324,10 @@ def build_trt(
     if is_onnx(path, slice):
         return build(path, Path(output))
     planned = plan(model, slice, table=table)
-    export = partial(export_onnx, planned, target="portable" if plugin == "none" else "cpu")
+    # large tables stay outside of an engine
+    split = chosen.kind == "engine" and plugin == "none" and bool(planned.family.build_split(planned.plan, "stock"))
+    kind = "portable" if plugin == "none" else "cpu"
+    export = partial(export_onnx, planned, target=kind, split_embeddings=split)
     if chosen.kind == "kit":
         return build(export, Path(output), inputs=[planned.checkpoint.path])
     with tempfile.TemporaryDirectory() as folder:
