@@ -95,7 +95,7 @@ def _compared(
     """Outputs with the oracle's; of quantised weights with what these give, and what is lost."""
     if stored is None:
         return compare_outputs(kind_of(runtime, manifest), got, want, family)
-    return compare_quantised(kind_of(runtime, manifest), got, {name: stored[name] for name in want}, want)
+    return compare_quantised(kind_of(runtime, manifest), got, {name: stored[name] for name in want}, want, family)
 
 
 def _comparable(want: Arrays, manifest: Mapping[str, Any], left_out: set[str]) -> Arrays:
