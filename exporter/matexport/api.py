@@ -208,7 +208,8 @@ def export_onnx(
     options: dict[str, Any] = {"quantize": quantize, "dtype": computed, "opset": opset_of(family, opset)}
     if quantize in CALIBRATED:
         if split_embeddings or chosen.split:
-            raise UsageError(f"{quantize} is for one graph", fix="leave out --split-embeddings")
+            what = f"{quantize} is for models of one graph"
+            raise UsageError(what, fix="leave out --split-embeddings, or use another method")
         samples = family.sample_inputs(planned.checkpoint.config, 1, 0)
         inputs = checked_inputs(calibration or {}, samples, "--calibration")
         options["ranges"] = measure_ranges(planned.checkpoint, planned.plan, family, inputs)
@@ -325,14 +326,17 @@ def build_trt(
             raise UsageError("an ONNX folder has its types already", where=str(path), fix=fix)
         return build(path, Path(output))
     planned, form = plan(model, slice, table=table), "stock" if plugin == "none" else "custom"
+    # large tables stay outside of an engine
+    split = chosen.kind == "engine" and plugin == "none" and bool(planned.family.build_split(planned.plan, "stock"))
     export: Callable[..., None]
     if method or (dtype_named(dtype) or "F32") != "F32":
         typed: dict[str, Any] = {"dtype": dtype or "float32", "quantize": method, "calibration": calibration}
         require_method(target_named("cuda", "onnx", form), method, calibration is not None)
-        export = partial(export_onnx, planned, target="cuda", form=form, **typed)
+        export = partial(export_onnx, planned, target="cuda", form=form, split_embeddings=split, **typed)
     else:
         require_method(target_named("portable", "onnx"), None, calibration is not None)
-        export = partial(export_onnx, planned, target="portable" if form == "stock" else "cpu")
+        kind = "portable" if form == "stock" else "cpu"
+        export = partial(export_onnx, planned, target=kind, split_embeddings=split)
     if chosen.kind == "kit":
         return build(export, Path(output), inputs=[planned.checkpoint.path])
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,9 @@ def plan_engine(
         described, found = source.manifest["slice"], source.profiles
     else:
         planned = plan(model, slice, table=table)
-        graph = planned.family.build_graph(planned.plan, "stock" if plugin == "none" else "custom")
+        form = "stock" if plugin == "none" else "custom"
+        split = planned.family.build_split(planned.plan, form) if chosen.kind == "engine" else {}
+        graph = [*split.values()][-1] if split else planned.family.build_graph(planned.plan, form)
         inputs = {
             str(value.name): tuple(n if isinstance(n, int) else str(n) for n in value.shape or ())
             for value in graph.inputs
