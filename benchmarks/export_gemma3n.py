@@ -13,7 +13,7 @@ The checkpoints are synthetic: random bf16 of sensible sizes in the released nam
 Everything is verified first. Speeds are taken in turns, each model in a process of its own.
 
     pip install --target RIVALS --no-deps mobius-onnx onnxscript onnx-shape-inference
-    python benchmarks/export_gemma3n.py --rivals RIVALS --keep FOLDER      # 45 GB of disk, a quarter of an hour
+    python benchmarks/export_gemma3n.py --rivals RIVALS --keep FOLDER      # 36 GB of disk, a quarter of an hour
     python benchmarks/export_gemma3n.py --rivals RIVALS --quick            # the same in small, three minutes
 """
 
@@ -315,18 +315,14 @@ def main() -> None:
         return run(*args.child)
     if args.keep:
         args.keep.mkdir(parents=True, exist_ok=True)
+    report = {"runs": args.runs, "machine": measuring.machine(args.keep or Path.cwd())}
+    report["versions"] = measuring.versions("matexport", "numpy", "onnx", "onnxruntime", "torch", "transformers")
+    report["quantising"] = quantising(args.runs, 16384, 2048)
+    sizes = (16, 10) if args.quick else (8, 35)
     with tempfile.TemporaryDirectory(dir=args.keep or ".") as temporary:
-        folder = Path(args.keep or temporary)
-        report = {
-            "runs": args.runs,
-            "machine": measuring.machine(folder),
-            "versions": measuring.versions("matexport", "numpy", "onnx", "onnxruntime", "torch", "transformers"),
-            "quantising": quantising(args.runs, 16384, 2048),
-            "rivals": compared(
-                Path(temporary), 16 if args.quick else 8, 10 if args.quick else 35, args.runs, args.rivals
-            ),
-            "writing": writing(folder, 8 if args.quick else 1, 2 if args.quick else 3),
-        }
+        report["rivals"] = compared(Path(temporary), *sizes, args.runs, args.rivals)
+    with tempfile.TemporaryDirectory(dir=args.keep or ".") as temporary:
+        report["writing"] = writing(args.keep or Path(temporary), 8 if args.quick else 1, 2 if args.quick else 3)
     print(json.dumps(report, indent=1))
     if not args.quick:
         measuring.say(f"written: {measuring.write_results('export-gemma3n.json', report)}")

@@ -164,6 +164,16 @@ def test_quantised(tmp_path: Path, method: str, row: Row) -> None:
     assert sizes["bytes"] < (0.45 if method == "int8-block" else 0.35) * sizes["float32_bytes"]
 
 
+def test_quantised_for_cuda(tmp_path: Path) -> None:
+    """Attention in float16 between products with quantised weights."""
+    config = {"architectures": ["Gemma3nForCausalLM"], **text_config("sfs", shared=1, hidden_size_per_layer_input=32)}
+    source = write_gemma(tmp_path / "source", config)
+    mx.export_onnx(mx.plan(source), tmp_path / "out", target="cuda", quantize="int4-block")
+    report = mx.verify(tmp_path / "out", source)
+    assert report.passed, report.to_markdown()
+    assert {"onnx float16", "onnx int4-block", "loss"} <= {c.kind for c in report.comparisons}
+
+
 def test_a_wrong_code_fails(tmp_path: Path) -> None:
     """Negative control: the lowest bit of each scale's exponent in one matrix."""
     config = {"architectures": ["Gemma3nForCausalLM"], **text_config("sfssf", shared=2, hidden_size_per_layer_input=32)}

@@ -14,10 +14,12 @@ import matexport as mx
 from matexport.checkpoint import open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import UsageError
-from matexport.graph.encoding import BLOCK, METHODS, Encoding, restored
+from matexport.graph.encoding import BLOCK, TYPED, Encoding, restored
+from matexport.graph.encoding import METHODS as ALL
 from matexport.slice_table import Row
 from support import matexport
 
+METHODS = [method for method in ALL if method not in TYPED]  # TensorRT's are in tests/tensorrt
 ROW = Row("Half", mamba=Dims(fill=32))
 RANDOM = np.random.default_rng(3)
 

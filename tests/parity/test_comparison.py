@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from matexport.parity.comparison import TOLERANCES, Comparison, compare
+from matexport.parity.comparison import TOLERANCES, Comparison, compare, compare_stored
 from matexport.parity.report import Report
 
 RNG = np.random.default_rng(0)
@@ -75,3 +77,20 @@ def test_reports() -> None:
     assert not Report("out", "source", "half", ()).passed  # nothing compared is nothing proven
     missing = Comparison("t", "provenance", False, 0.0, detail="the tensor is missing")
     assert Report("out", "source", "half", (worse, missing)).worst == missing
+
+
+def test_quantised_outputs_are_measured_by_what_their_weights_lose() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((3, 50))
+    want = truth + 0.1 * rng.standard_normal(truth.shape)
+    near, far = (want + share * (want - truth) for share in (0.9, 1.1))
+    found = [compare_stored("logits", "onnx int4-block", got, want, truth) for got in (near, far)]
+    assert [c.passed for c in found] == [True, False]
+    assert found[1].of_loss == pytest.approx(1.1)
+    assert "1 x loss" in Report("a", "b", "c", tuple(found)).to_markdown()
+    # nothing is lost: then rounding alone may differ
+    same = compare_stored("logits", "onnx int4-block", want * (1 + 1e-6), want, want, 1e-5)
+    assert same.passed
+    assert not compare_stored("logits", "onnx int4-block", want * (1 + 1e-4), want, want, 1e-5).passed
+    assert not compare_stored("logits", "onnx int4-block", want * np.nan, want, truth).passed
+    json.dumps(same.to_json(), allow_nan=False)

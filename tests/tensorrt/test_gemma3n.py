@@ -1,15 +1,21 @@
-"""Gemma 3n: an engine with a cache that starts empty and grows, and its kit."""
+"""Gemma 3n: engines of the decoder, with a cache that starts empty and grows and the tables beside them; its kit."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 
 import gemma
 import matexport as mx
 from kits import bash
+from matexport.targets import TARGETS
+from support import matexport
+
+RTX = [name for name, target in TARGETS.items() if target.flavour == "TensorRT-RTX"]
+TABLE = "model.embed_tokens_per_layer.weight"
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_engine(checkpoint: Path, tmp_path: Path) -> None:
     """TensorRT-RTX builds it: all tokens are those in the cache and the new ones, also where it is fastest."""
     profiles = mx.build_trt(checkpoint, tmp_path / "rtx", target="rtx-ada")["profiles"]
-    inputs = ("input_ids", "past_key_values.0.key", "attention_mask")
+    inputs = ("position_ids", "past_key_values.0.key", "attention_mask")
     best = {name: [profile[i]["opt"] for i in inputs] for name, profile in profiles.items()}
     assert best == {
         "prefill": [(1, 128), (1, 2, 0, 16), (1, 128)], "decode": [(1, 1), (1, 2, 127, 16), (1, 128)]
@@ -37,3 +43,52 @@ def test_a_kit(checkpoint: Path, tmp_path: Path, tools: Path) -> None:
         done = bash(kit / script, tools)
         assert done.code == 0, done
     assert mx.verify(kit, checkpoint).passed
+
+
+# ------------------------------------------------------------------------------------ two graphs
+@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+def exported(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx") / request.param
+    options = {"target": "cuda", "form": "stock", "dtype": request.param, "split_embeddings": True}
+    mx.export_onnx(checkpoint, folder, **options)
+    return folder
+
+
+@pytest.mark.parametrize("target", RTX)
+def test_the_decoder_is_built(exported: Path, tmp_path: Path, target: str) -> None:
+    result = matexport("trt", "-m", exported, "-o", tmp_path / "out", "--target", target)
+    assert result.code == 0, result
+    manifest = json.loads((tmp_path / "out" / "matexport.json").read_text())
+    assert manifest["precisions"] == ["float32", exported.name]
+    assert manifest["capabilities"] == list(TARGETS[target].capabilities)
+    assert manifest["before"] == ["embed_tokens.onnx"]
+    assert {"model.engine", "embed_tokens.onnx", "embed_tokens.onnx_data"} == manifest["files"].keys()
+    caches = {f"past_key_values.{i}.{kind}" for i in range(2) for kind in ("key", "value")}
+    assert manifest["inputs"].keys() - caches == {"inputs_embeds", "per_layer_inputs", "attention_mask", "position_ids"}
+    assert list(manifest["profiles"]) == ["prefill", "decode"]
+
+
+def test_a_checkpoint_too_and_the_tables_are_outside(checkpoint: Path, tmp_path: Path) -> None:
+    """By way of two graphs: the engine has the layers, the folder has what they start from."""
+    result = matexport("trt", "-m", checkpoint, "-o", tmp_path / "out")
+    assert result.code == 0, result
+    graph = onnx.load(tmp_path / "out" / "embed_tokens.onnx").graph
+    table = next(i for i in graph.initializer if i.name == TABLE)
+    data = onnx.numpy_helper.to_array(table).tobytes()
+    assert len(data) > 5000
+    assert data[:64] not in (tmp_path / "out" / "model.engine").read_bytes()
+    mx.export_onnx(checkpoint, tmp_path / "one", target="portable")
+    mx.build_trt(tmp_path / "one", tmp_path / "whole")
+    assert data[:64] in (tmp_path / "whole" / "model.engine").read_bytes()  # of one graph it would be inside
+
+
+def test_what_is_refused(exported: Path, checkpoint: Path, tmp_path: Path) -> None:
+    result = matexport("trt", "-m", exported, "-o", tmp_path / "kit", "--target", "h100")
+    assert result.code == 4
+    assert "a kit is of one" in result.stderr
+    web = tmp_path / "web"
+    mx.export_onnx(checkpoint, web, target="web", form="stock")
+    result = matexport("trt", "-m", web, "-o", tmp_path / "out")
+    assert result.code == 4
+    assert "has no 'decoder_model_merged.onnx'" in result.stderr
+    assert not (tmp_path / "out").exists()

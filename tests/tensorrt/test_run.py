@@ -20,6 +20,7 @@ import pytest
 import cuda_kernels
 import matexport as mx
 import matexport_plugins
+from gemma import text_checkpoint
 from matexport.engines import plan_engine
 from matexport.errors import InputError, MissingError
 from matexport.gpus import Gpu, find_gpus
@@ -63,6 +64,20 @@ def engine(source: Path, gpu: list[Gpu], tmp_path: Path) -> Path:
 def change(engine: Path, **entries: object) -> None:
     manifest = json.loads((engine / "matexport.json").read_text())
     (engine / "matexport.json").write_text(json.dumps({**manifest, **entries}))
+
+
+def test_gemma_with_its_tables_beside(gpu: list[Gpu], tmp_path: Path) -> None:
+    """The embeddings run in ONNX Runtime, and feed the engine; changed tables are no longer those that were built."""
+    source, engine = text_checkpoint(tmp_path / "source", "sfs", shared=1), tmp_path / "engine"
+    result = matexport("trt", "-m", source, "-o", engine, "--target", "tensorrt")
+    assert result.code == 0, result
+    result = matexport("verify", "-m", engine, "--source", source, "--format", "json")
+    assert result.code == 0, result
+    found = {c["name"] for c in result.json["comparisons"]}
+    assert {"logits", "decode@1.logits", "decode@left.logits", "embed_tokens.onnx_data"} <= found
+    table = engine / "embed_tokens.onnx_data"
+    table.write_bytes(bytes(len(table.read_bytes())))
+    assert matexport("verify", "-m", engine, "--source", source).code == 3
 
 
 def test_a_language_model(engine: Path, source: Path) -> None:

@@ -13,7 +13,7 @@ from matexport.errors import InputError
 from matexport.families import Family, Forward
 from matexport.parity.comparison import Comparison, compare_outputs, compare_quantised, kind_of
 from matexport.runtimes.ort import open_onnx
-from matexport.runtimes.program import Program, forward
+from matexport.runtimes.program import Program, chain, forward
 from matexport.runtimes.tensorrt import open_engine
 from matexport.tensorrt.golden import Case, read_case
 
@@ -30,7 +30,8 @@ def fitting_inputs(samples: Arrays, manifest: Mapping[str, Any], where: str) -> 
         ranges = next(iter(manifest["profiles"].values()))
         found = {}
         for name, array in samples.items():
-            low, high = ([int(n) for n in ranges[name][end]] for end in ("min", "max"))
+            known = "inputs_embeds" if name == "input_ids" and name not in ranges else name
+            low, high = ([int(n) for n in ranges[known][end]][: array.ndim] for end in ("min", "max"))
             wanted = list(array.shape)
             if name == "input_ids":  # a step after a prefill that is long enough for the mask
                 wanted[1] = max(wanted[1], int(ranges["attention_mask"]["min"][1]) + 1)
@@ -52,7 +53,8 @@ def check_engine(
         stored: of a quantised one, what the oracle gives with the weights as they are stored.
     """
     engine = open_engine(artefact, manifest)
-    got = forward(engine.program)(inputs)
+    before = [open_onnx(artefact / Path(str(name)).name) for name in manifest.get("before", ())]
+    got = forward(chain([*before, engine.program]))(inputs)
     left_out = {name for name in want if name.startswith("decode") and name not in got}  # no profile takes the steps
     want = _comparable(want, manifest, left_out)
     found = _compared("engine", manifest, family, got, want, stored)
@@ -93,7 +95,7 @@ def _compared(
     """Outputs with the oracle's; of quantised weights with what these give, and what is lost."""
     if stored is None:
         return compare_outputs(kind_of(runtime, manifest), got, want, family)
-    return compare_quantised(kind_of(runtime, manifest), got, {name: stored[name] for name in want}, want)
+    return compare_quantised(kind_of(runtime, manifest), got, {name: stored[name] for name in want}, want, family)
 
 
 def _comparable(want: Arrays, manifest: Mapping[str, Any], left_out: set[str]) -> Arrays:

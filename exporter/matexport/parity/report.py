@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,8 @@ class Report:
                 tolerance = "bitwise" if c.tolerance == 0 else "stated" if c.kind == "loss" else f"{c.tolerance:g}"
                 tolerance += " x loss" if c.of_loss is not None else ""
                 outcome = "ok" if c.passed else f"**FAILED** {_cell(c.detail)}"
-                outcome += f" ({c.of_loss:.2g} x loss)" if c.of_loss is not None else ""
+                shown = c.of_loss is not None and math.isfinite(c.of_loss)
+                outcome += f" ({c.of_loss:.2g} x loss)" if shown else ""
                 outcome += f" ({c.quality})" if c.quality else ""
                 lines.append(f"| {_cell(c.name)} | {c.kind} | {numbers} | {tolerance} | {outcome} |")
         return "\n".join([*lines, ""])

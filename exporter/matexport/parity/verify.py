@@ -274,7 +274,7 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
             if quantize not in ("int8", *CALIBRATED):  # whose products are of integers, or of rounded numbers
                 exact = load_onnx(*files, library=library, exact=True)(inputs)
                 found += compare_outputs(run, exact, stored_want, family)
-            found += compare_quantised(f"onnx {quantize}", got, stored_want, want)
+            found += compare_quantised(f"onnx {quantize}", got, stored_want, want, family)
         else:
             found += compare_outputs(run, got, want, family)
         if library and subject.given and got.keys() & want.keys() >= {"logits"}:

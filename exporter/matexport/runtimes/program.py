@@ -88,7 +88,10 @@ def chain(programs: Sequence[Program]) -> Program:
             known |= program.run({name: known[name] for name in program.inputs})
         return {name: known[name] for name in programs[-1].outputs}
 
-    return Program(inputs, programs[-1].outputs, run)
+    def takes(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return all(p.takes({name: shape for name, shape in shapes.items() if name in p.inputs}) for p in programs)
+
+    return Program(inputs, programs[-1].outputs, run, takes)
 
 
 def forward(program: Program) -> Forward:

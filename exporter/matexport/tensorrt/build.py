@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,8 @@ def build_engine(
 ) -> dict[str, Any]:
     """Builds an engine from an ONNX folder that matexport wrote, and returns the engine's manifest.
 
+    Of several graphs the last one becomes the engine, and the others, with tables of embeddings, go along as they are.
+
     Args:
         shapes: of some inputs, instead of the default ones; see `matexport.tensorrt.profiles`.
         plugins: that have the ops, of which the model is then in form `custom`; see `choose_plugins`.
@@ -75,6 +78,8 @@ def build_engine(
         for note in built["notes"]:
             warn(note)
         beside = plugins.put_beside(folder) if plugins else []
+        for name in source.beside:
+            shutil.copyfile(source.folder / name, folder / name)
         manifest = {
             "kind": "engine",
             **source.describe(target),
@@ -84,7 +89,8 @@ def build_engine(
             "inputs": built["inputs"],
             "outputs": built["outputs"],
             "onnx": source.manifest["files"],
-            "files": {name: describe_file(folder / name) for name in (ENGINE, *beside)},
+            **({"before": [name for name in source.beside if name.endswith(".onnx")]} if source.beside else {}),
+            "files": {name: describe_file(folder / name) for name in (ENGINE, *beside, *source.beside)},
         }
         (folder / FILE).write_bytes(manifest_bytes(manifest))
     return manifest

@@ -64,6 +64,9 @@ def write_kit(
         else:
             onnx(model)
         source = open_source(model, target, shapes, plugin)
+        if source.beside:
+            fix = "leave out --split-embeddings when it is exported"
+            raise InputError("has several graphs, and a kit is of one", where=str(model), fix=fix)
         described = source.describe(target)
         cases = _cases(source)
         small: dict[str, bytes] = {}

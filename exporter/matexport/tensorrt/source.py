@@ -20,7 +20,8 @@ class Source:
     """An ONNX folder, checked.
 
     Attributes:
-        file: the model in it.
+        file: the model in it; of several graphs the last one, which has the layers.
+        beside: the files of the graphs before it, which stay as they are.
         shapes: of each input; dynamic axes are names.
         precisions: the types that weights and what is computed from them are in, as NumPy writes them.
         profiles: the shapes that the engine is for, by profile and input.
@@ -28,6 +29,7 @@ class Source:
 
     folder: Path
     file: Path
+    beside: tuple[str, ...]
     manifest: dict[str, Any]
     shapes: Mapping[str, tuple[int | str, ...]]
     precisions: tuple[str, ...]
@@ -83,9 +85,16 @@ def open_source(onnx: Path, target: Target, shapes: Mapping[str, Profile], plugi
     for name, problem in file_problems(onnx, manifest).items():
         if problem:
             raise MismatchError(f"{name!r} {problem}", where=str(onnx), fix="export it again")
-    file = onnx if onnx.is_file() else onnx / "model.onnx"
+    file, beside = onnx, tuple[str, ...]()
+    if onnx.is_dir():
+        *others, last = manifest.get("graphs") or {"model.onnx": []}
+        if last not in manifest["files"]:
+            fix = "export it with: matexport onnx --target portable, or --target cuda --form stock"
+            raise InputError(f"has no {last!r}", where=str(onnx), fix=fix)
+        file = onnx / last
+        beside = tuple(name for name in manifest["files"] if name.startswith(tuple(others))) if others else ()
     found, precisions = _read(file)
-    return Source(onnx, file, manifest, found, precisions, profiles(found, shapes, str(onnx)))
+    return Source(onnx, file, beside, manifest, found, precisions, profiles(found, shapes, str(onnx)))
 
 
 def _read(file: Path) -> tuple[dict[str, tuple[int | str, ...]], tuple[str, ...]]:

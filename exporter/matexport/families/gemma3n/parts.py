@@ -76,7 +76,8 @@ class Parts:
         g.products[full] = x
         with g.scope(name.rpartition(".")[2]):
             if g.quantize and min(tensor.shape) >= BLOCK:
-                return quantized.linear(g, x, [(full, tensor)], g.quantize)[0]
+                wide = self.widened(x) if self._narrowed.get(x) is x else x
+                return quantized.linear(g, wide, [(full, tensor)], g.quantize)[0]
             if inner and self.elastic:
                 return self.widened(g.op("MatMul", self.narrowed(x), g.weight(full, tensor, transposed=True)))
             return self.widened(g.op("Gemm", self.narrowed(x), g.weight(full, tensor), transB=1))
