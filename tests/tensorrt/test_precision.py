@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import matexport as mx
-from matexport import api
+from matexport import engines
 from matexport.errors import InputError, UsageError
 from matexport.targets import TARGETS
 from matexport.tensorrt import build, precision
@@ -99,7 +99,7 @@ def test_refused_before_anything_is_written(
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("it was exported")
 
-    monkeypatch.setattr(api, "export_onnx", never)
+    monkeypatch.setattr(engines, "export_onnx", never)
     monkeypatch.setattr(build, "run_builder", never)
     result = matexport("trt", "-m", small, "-o", tmp_path / "out", "--quantize", quantize, "--target", target)
     assert result.code == code, result
