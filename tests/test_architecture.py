@@ -29,7 +29,7 @@ LAYERS = [
     {"families", "targets"},
     {"runtimes"},
     {"onnx", "tensorrt"},
-    {"parity", "hf"},
+    {"parity", "hf", "calibration"},
     {"api"},
     {"kernels", "engines"},
     {"cli", "__init__"},

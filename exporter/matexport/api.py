@@ -13,13 +13,15 @@ from matexport.card import model_card
 from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.errors import TableError, UsageError
 from matexport.families import Family, family_of, table_of, with_options
+from matexport.families.inputs import checked_inputs
 from matexport.families.rows import WHOLE
 from matexport.manifest import manifest_path, read_manifest
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
-from matexport.targets import Target, target_named
+from matexport.targets import require_method, target_named
 from matexport.tensorrt import Profile, build_engine, choose_plugins, refuse_for_kits, require_builder, write_kit
-from matexport.tensors import FLOATS
+from matexport.tensorrt.precision import METHODS, require_precision
+from matexport.tensors import dtype_named
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
 
@@ -121,16 +123,6 @@ def plan(
     return PlannedSlice(checkpoint, family, row, planned)
 
 
-def dtype_named(name: str | None) -> str | None:
-    """The safetensors name of a dtype: float16, fp16, f16 and F16 are one. Raises UsageError."""
-    if name is None:
-        return None
-    for dtype, full in FLOATS.items():
-        if name.casefold() in (full, dtype.casefold(), dtype.casefold().replace("f", "fp")) and dtype != "F64":
-            return dtype
-    raise UsageError(f"unknown dtype {name!r}", fix="one of float32, float16, bfloat16")
-
-
 def choose_table(
     checkpoint: Checkpoint, family: Family, table: StrPath | Table | None
 ) -> tuple[Table | None, Table | None]:
@@ -177,6 +169,7 @@ def export_onnx(
     form: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    calibration: Mapping[str, np.ndarray] | None = None,
     opset: int | None = None,
     split_embeddings: bool = False,
     force: bool = False,
@@ -187,7 +180,9 @@ def export_onnx(
     Args:
         dtype: what weights are stored as, `float32` (the default), `float16` or `bfloat16`; computed is in float32. For
             target `cuda` also what products are computed in, by default float16.
-        quantize: how projections and embeddings are stored: `int8`, `int8-block` or `int4-block`.
+        quantize: how projections and embeddings are stored: `int8`, `int8-block` or `int4-block`; for target `cuda`
+            also projections as `int8-weight`, `int4-weight`, `fp8` or `nvfp4` (see `matexport.graph.encoding`).
+        calibration: with `fp8`, a batch of inputs by name: what products take is measured on it.
         opset: of ai.onnx; 21 by default.
         split_embeddings: a graph of their own for embeddings, `embed_tokens.onnx`, in front of
             `decoder_model_merged.onnx`; some targets have it so anyway.
@@ -197,41 +192,29 @@ def export_onnx(
             embeddings to split off, or the output cannot be used.
         CheckpointError, TableError: see `plan`.
     """
-    from matexport.graph.encoding import METHODS
+    from matexport.calibration import measure_ranges
+    from matexport.graph.encoding import CALIBRATED
     from matexport.onnx import write_onnx
+    from matexport.onnx.options import opset_of, stored_as
 
     chosen = target_named(target, "onnx", form)
     if isinstance(model, PlannedSlice) and (slice is not None or table is not None):
         raise UsageError("a planned slice is one row already", fix="leave out slice and table")
     planned = model if isinstance(model, PlannedSlice) else plan(model, slice, table=table)
-    if quantize is not None and (quantize not in METHODS or (quantize != "int8" and chosen.form == "stock")):
-        what = f"cannot quantise {quantize!r} in form {chosen.form!r}"
-        raise UsageError(what, fix=f"one of {', '.join(METHODS)}; standard operators (--form stock) know int8 only")
+    require_method(chosen, quantize, calibration is not None)
     exported, computed = stored_as(planned.plan, chosen, dtype)
     family = planned.family
+    opset = opset or (23 if quantize == "nvfp4" else None)  # the first that has e2m1
     options: dict[str, Any] = {"quantize": quantize, "dtype": computed, "opset": opset_of(family, opset)}
+    if quantize in CALIBRATED:
+        samples = family.sample_inputs(planned.checkpoint.config, 1, 0)
+        inputs = checked_inputs(calibration or {}, samples, "--calibration")
+        options["ranges"] = measure_ranges(planned.checkpoint, planned.plan, family, inputs)
     graphs = family.build_split(exported, chosen.form, **options) if split_embeddings or chosen.split else {}
     if split_embeddings and not graphs:
         raise UsageError(f"{family.NAME} has no embeddings to split off", fix="leave out --split-embeddings")
     written = graphs or family.build_graph(exported, chosen.form, **options)
     write_onnx(planned.checkpoint, exported, written, Path(output), target=chosen, force=force, progress=progress)
-
-
-def opset_of(family: Family, opset: int | None) -> int:
-    """The opset that is asked for, or the family's default. Raises UsageError if it has no such one."""
-    if opset is not None and opset not in family.OPSETS:
-        fix = f"one of {', '.join(map(str, family.OPSETS))}"
-        raise UsageError(f"{family.NAME} cannot be written at opset {opset}", fix=fix)
-    return opset or family.OPSETS[0]
-
-
-def stored_as(plan: Plan, target: Target, dtype: str | None) -> tuple[Plan, str]:
-    """The plan of what a target stores, and the type that its graph computes products in. Raises UsageError.
-
-    The graph of a typed target says itself which weights are stored in fewer bits.
-    """
-    found = dtype_named(dtype) or target.dtype
-    return (plan, found) if target.typed else (plan.cast(found), "F32")
 
 
 def export_in_place(
@@ -271,6 +254,7 @@ def export_bundle(
         UsageError, CheckpointError: see `matexport.onnx.write_bundle`.
     """
     from matexport.onnx import write_bundle
+    from matexport.onnx.options import stored_as
 
     chosen = target_named(target, "onnx", form)
     if len({each.checkpoint.path for each in planned}) != 1:
@@ -289,6 +273,9 @@ def build_trt(
     table: StrPath | Table | None = None,
     target: str = "rtx",
     shapes: Mapping[str, Profile] | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    calibration: Mapping[str, np.ndarray] | None = None,
     plugin: str = "none",
     embed_plugin: bool = False,
     in_place: bool = False,
@@ -301,16 +288,23 @@ def build_trt(
     Of an ONNX folder, or of a checkpoint by way of ONNX. Which of both it is, the target says.
 
     Args:
+        dtype: what products are computed in: `float32` (the default), `float16` or `bfloat16`.
+        quantize: how projections are stored: `int8` or `int4`; `fp8` or `nvfp4` where the target has them.
+        calibration: with `fp8`, a batch of inputs by name.
         plugin: what has the ops: `none`, `cuda` or `triton`.
         embed_plugin: put the library into the engine, rather than beside it.
         in_place: write new states over old ones; both are then to be bound to the same memory.
         timing_cache: for target `tensorrt`: a file of timings, shared by builds.
 
     Raises:
-        UsageError: a row for an ONNX folder, which is one slice already.
+        UsageError: a row or a precision for an ONNX folder, which has its own; a precision that the target has not.
         See also `matexport.tensorrt.build_engine`, `choose_plugins`, `write_kit` and `export_onnx`.
     """
     chosen, path = target_named(target, ("engine", "kit")), Path(model)
+    if quantize is not None and quantize not in METHODS:
+        raise UsageError(f"engines cannot be quantised {quantize!r}", fix=f"one of {', '.join(METHODS)}")
+    method = METHODS[quantize] if quantize else None
+    require_precision(chosen, method)
     options: dict[str, Any] = {"target": chosen, "shapes": shapes or {}, "force": force}
     build: Callable[..., dict[str, Any]]
     if chosen.kind == "kit":
@@ -318,16 +312,28 @@ def build_trt(
         build = partial(write_kit, plugin=plugin, tolerance=_tolerance, **options)
     else:
         plugins = choose_plugins(plugin, embed=embed_plugin, in_place=in_place)
-        require_builder(chosen)  # before the export, not after
+        gpu = require_builder(chosen)  # before the export, not after
+        if gpu:
+            require_precision(replace(chosen, capabilities=(gpu.capability,)), method)
         cache = None if timing_cache is None else Path(timing_cache)
         build = partial(build_engine, plugins=plugins, timing_cache=cache, warn=warn, **options)
     if is_onnx(path, slice):
+        if dtype or quantize or calibration is not None:
+            fix = "leave out --dtype, --quantize and --calibration; or give the checkpoint"
+            raise UsageError("an ONNX folder has its types already", where=str(path), fix=fix)
         return build(path, Path(output))
-    planned = plan(model, slice, table=table)
+    planned, form = plan(model, slice, table=table), "stock" if plugin == "none" else "custom"
     # large tables stay outside of an engine
-    split = chosen.kind == "engine" and plugin == "none" and bool(planned.family.build_split(planned.plan, "stock"))
-    kind = "portable" if plugin == "none" else "cpu"
-    export = partial(export_onnx, planned, target=kind, split_embeddings=split)
+    split = chosen.kind == "engine" and form == "stock" and bool(planned.family.build_split(planned.plan, form))
+    export: Callable[..., None]
+    if method or (dtype_named(dtype) or "F32") != "F32":
+        typed: dict[str, Any] = {"dtype": dtype or "float32", "quantize": method, "calibration": calibration}
+        require_method(target_named("cuda", "onnx", form), method, calibration is not None)
+        export = partial(export_onnx, planned, target="cuda", form=form, split_embeddings=split, **typed)
+    else:
+        require_method(target_named("portable", "onnx"), None, calibration is not None)
+        kind = "portable" if form == "stock" else "cpu"
+        export = partial(export_onnx, planned, target=kind, split_embeddings=split)
     if chosen.kind == "kit":
         return build(export, Path(output), inputs=[planned.checkpoint.path])
     with tempfile.TemporaryDirectory() as folder:
@@ -337,11 +343,14 @@ def build_trt(
 
 def _tolerance(manifest: Mapping[str, Any]) -> float:
     """How much outputs of an engine may differ from golden values, which come from the same ONNX file."""
+    from matexport.graph.encoding import CALIBRATED
     from matexport.parity.comparison import TOLERANCES, kind_of
 
     # both are in fp32, so that the errors of both count
     both = TOLERANCES.get(f"fp32 {manifest['family']}", 0.0)
-    return max(TOLERANCES[kind_of("engine", {**manifest, "quantize": None})], both)
+    method = manifest.get("quantize")
+    rounded = TOLERANCES[f"golden {method}"] if method in CALIBRATED else 0.0
+    return max(TOLERANCES[kind_of("engine", {**manifest, "quantize": None})], rounded, both)
 
 
 def is_onnx(path: Path, slice: str | None) -> bool:

@@ -94,3 +94,19 @@ def target_named(name: str, kind: str | tuple[str, ...], form: str | None = None
     if form is not None and form not in target.forms:
         raise UsageError(f"target {name!r} cannot run form {form!r}", fix=f"use --form {target.form}")
     return target if form is None else replace(target, forms=(form,))
+
+
+def require_method(target: Target, quantize: str | None, calibrated: bool) -> None:
+    """Raises UsageError if a target cannot read what is stored so, or if it goes without calibration."""
+    from matexport.graph.encoding import CALIBRATED, METHODS, TYPED
+
+    typed = TYPED if target.typed else ()
+    known = [m for m in METHODS if m in typed or (m not in TYPED and (target.form != "stock" or m == "int8"))]
+    if quantize is not None and quantize not in known:
+        what = f"cannot quantise {quantize!r} in form {target.form!r} for target {target.name!r}"
+        raise UsageError(what, fix=f"one of {', '.join(known)}")
+    if (quantize in CALIBRATED) != calibrated:
+        if calibrated:
+            raise UsageError("calibration is for what products take", fix=f"use --quantize {CALIBRATED[0]} with it")
+        what = f"{quantize} rounds what products take, by scales that must be measured"
+        raise UsageError(what, fix="give inputs: --calibration FILE.npz")

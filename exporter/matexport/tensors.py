@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from matexport.errors import UsageError
+
 # safetensors name -> (bytes an element, numpy name; bfloat16 is ml_dtypes')
 DTYPES: dict[str, tuple[int, str]] = {
     "BOOL": (1, "bool"), "U8": (1, "uint8"), "I8": (1, "int8"), "U16": (2, "uint16"), "I16": (2, "int16"),
@@ -41,3 +43,13 @@ def numpy_dtype(dtype: str) -> np.dtype:
         bfloat16: np.dtype = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
     return np.dtype(DTYPES[dtype][1])
+
+
+def dtype_named(name: str | None) -> str | None:
+    """The safetensors name of a dtype: float16, fp16, f16 and F16 are one. Raises UsageError."""
+    if name is None:
+        return None
+    for dtype, full in FLOATS.items():
+        if name.casefold() in (full, dtype.casefold(), dtype.casefold().replace("f", "fp")) and dtype != "F64":
+            return dtype
+    raise UsageError(f"unknown dtype {name!r}", fix="one of float32, float16, bfloat16")

@@ -6,12 +6,13 @@ has the same plugins. Whether TensorRT runs an engine with them on a GPU is NOT 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from onnx import TensorProto, helper
 
 import cuda_kernels
 import matexport_plugins
+from matexport.errors import InputError
+from matexport.tensorrt import build as builder
 from matexport.tensorrt.build import rtx_environment
 from native_ops import CONV, SCAN, Op, model_bytes
 
@@ -164,6 +167,25 @@ def test_without_its_symlink_the_library_aborts(library: Path, tmp_path: Path) -
     job = write_model(tmp_path / "m.onnx", CONV, CONV.inputs) | {"plugins": [str(library)]}
     environment = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
     assert run_child(job, environment).returncode == -6
+
+
+def test_that_abort_is_a_message(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The builder's process dies, ours does not; with the link, the same job gives an engine."""
+
+    @contextlib.contextmanager
+    def without() -> Iterator[dict[str, str]]:
+        yield {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+
+    plugins = {"libraries": [str(library)], "python": False, "embed": False, "in_place": False}
+    job = write_model(tmp_path / "m.onnx", CONV, CONV.inputs)
+    job |= {"plugins": plugins, "capabilities": [86], "engine": str(tmp_path / "engine"), "profiles": [job["profiles"]]}
+    with monkeypatch.context() as patched:
+        patched.setattr(builder, "rtx_environment", without)
+        with pytest.raises(InputError, match="the builder died with SIGABRT"):
+            builder.run_builder(job, tmp_path, "TensorRT-RTX")
+    assert not (tmp_path / "engine").exists()
+    builder.run_builder(job, tmp_path, "TensorRT-RTX")
+    assert (tmp_path / "engine").exists()
 
 
 def test_without_the_plugin_the_reason_is_said(library: Path, tmp_path: Path) -> None:

@@ -7,14 +7,18 @@ import json
 import re
 import shlex
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from matexport.errors import printable
+from matexport.errors import InputError, printable
 from matexport.writer import Progress
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Command = Callable[..., Any]
 
@@ -126,6 +130,20 @@ def progress_bar(label: str, total: int) -> Iterator[Progress]:
         yield advance
     finally:
         bar.stop()
+
+
+def load_arrays(path: Path | None, option: str) -> dict[str, np.ndarray] | None:
+    """Arrays by name from an .npz file. Raises InputError."""
+    if path is None:
+        return None
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as data:
+            return dict(data)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        what = f"is not an .npz file: {e}"
+        raise InputError(what, where=f"{option} {path}", fix="write it with numpy.savez") from None
 
 
 def human_bytes(count: int) -> str:

@@ -11,6 +11,7 @@ from matexport import api
 from matexport.cli.common import (
     force_option,
     hint,
+    load_arrays,
     model_option,
     note,
     pickle_option,
@@ -19,6 +20,7 @@ from matexport.cli.common import (
     table_option,
 )
 from matexport.errors import UsageError
+from matexport.graph.encoding import METHODS
 from matexport.targets import FORMS, TARGETS
 
 
@@ -39,8 +41,13 @@ from matexport.targets import FORMS, TARGETS
 @click.option("--form", type=click.Choice(FORMS), help="How the scan appears in the graph.  [the target's]")
 @click.option("--dtype", metavar="NAME", help="Store weights as float32, float16 or bfloat16.  [the target's]")
 @click.option(
-    "--quantize", type=click.Choice(["int8", "int8-block", "int4-block"]),
-    help="Store projections in fewer bits: int8 for long inputs and images, the others for decoding.",
+    "--quantize", type=click.Choice(METHODS),
+    help="Store projections in fewer bits: int8 for long inputs and images, the block methods for decoding; those for"
+    " TensorRT with target cuda.",
+)  # fmt: skip
+@click.option(
+    "--calibration", metavar="NPZ", type=click.Path(path_type=Path),
+    help="For fp8: inputs by name, on which the scales of activations are measured.",
 )  # fmt: skip
 @click.option(
     "--opset", type=int, metavar="N",
@@ -53,8 +60,8 @@ from matexport.targets import FORMS, TARGETS
 @force_option
 def command(
     model: str, allow_pickle: bool, table: str | None, rows: tuple[str, ...], output: Path | None, in_place: bool,
-    target: str, form: str | None, dtype: str | None, quantize: str | None, opset: int | None, split_embeddings: bool,
-    force: bool,
+    target: str, form: str | None, dtype: str | None, quantize: str | None, calibration: Path | None,
+    opset: int | None, split_embeddings: bool, force: bool,
 ) -> None:  # fmt: skip
     """Writes ONNX from a full checkpoint and a row, or from a sliced checkpoint.
 
@@ -72,13 +79,13 @@ def command(
       matexport onnx -m gemma -s E2.49B -o e2.49b-onnx --split-embeddings
       matexport onnx -m checkpoint -s full -s half -s quarter -o elastic
     """
-    if in_place and (rows or output or dtype or quantize):
-        fix = "leave out -s, -o, --dtype and --quantize; slice it first"
+    if in_place and (rows or output or dtype or quantize or calibration):
+        fix = "leave out -s, -o, --dtype, --quantize and --calibration; slice it first"
         raise UsageError("--in-place takes a checkpoint as it is", fix=fix)
     if (in_place or len(rows) > 1) and (opset or split_embeddings):
         fix = "leave out --opset and --split-embeddings, or write one row with -o"
         raise UsageError("--in-place and elastic bundles are one graph each, at opset 21", fix=fix)
-    if len(rows) > 1 and quantize:
+    if len(rows) > 1 and (quantize or calibration):
         raise UsageError("an elastic bundle cannot be quantised", fix="export each row by itself")
     if not in_place and output is None:
         raise UsageError("there is no output", fix="name it with -o, or use the checkpoint's own weights: --in-place")
@@ -95,7 +102,9 @@ def command(
     with progress_bar("writing", max(each.plan.nbytes for each in planned)) as progress:
         options: dict[str, Any] = {"target": target, "form": form, "dtype": dtype, "force": force, "progress": progress}
         if len(planned) == 1:
-            options |= {"quantize": quantize, "opset": opset, "split_embeddings": split_embeddings}
+            given = load_arrays(calibration, "--calibration")
+            options |= {"quantize": quantize, "calibration": given, "opset": opset}
+            options["split_embeddings"] = split_embeddings
             api.export_onnx(planned[0], output, **options)
             stored = f", {quantize}" if quantize else ""
             say(f"{output}: {first.name}, {first.parameters:,} parameters, target {target}{stored}")

@@ -13,6 +13,7 @@ from matexport.cli.common import (
     force_option,
     hint,
     human_bytes,
+    load_arrays,
     model_option,
     note,
     say,
@@ -26,6 +27,7 @@ from matexport.gpus import dotted
 from matexport.kernels import emit_ptx
 from matexport.targets import TARGETS, target_named
 from matexport.tensorrt import CAPABILITIES, PLUGINS, Profile
+from matexport.tensorrt.precision import METHODS, require_precision
 
 BUILT = ("engine", "kit")
 
@@ -42,6 +44,15 @@ BUILT = ("engine", "kit")
     "--target", "targets", multiple=True, metavar="NAME",
     help=f"Deployment target: {', '.join(t.name for t in TARGETS.values() if t.kind in BUILT)}; rtx by default."
     " Of several, each gets a folder of its name.",
+)  # fmt: skip
+@click.option("--dtype", metavar="NAME", help="Compute products in float32, float16 or bfloat16.  [float32]")
+@click.option(
+    "--quantize", type=click.Choice(list(METHODS)),
+    help="Store projections in fewer bits: int8, int4; fp8 on Ada, Hopper and newer; nvfp4 on Blackwell.",
+)  # fmt: skip
+@click.option(
+    "--calibration", metavar="NPZ", type=click.Path(path_type=Path),
+    help="For fp8: inputs by name, on which the scales of activations are measured.",
 )  # fmt: skip
 @click.option("--min-shapes", multiple=True, metavar="NAME:1x3x8x8", help="Smallest shape of an input.")
 @click.option("--opt-shapes", multiple=True, metavar="NAME:8x3x8x8", help="Shape to be fastest at.")
@@ -66,8 +77,9 @@ BUILT = ("engine", "kit")
 @force_option
 def command(
     model: str, table: str | None, row: str | None, output: Path | None, dry_run: bool, targets: tuple[str, ...],
-    min_shapes: tuple[str, ...], opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], timing_cache: Path | None,
-    plugin: str, embed_plugin: bool, in_place: bool, ptx: bool, force: bool,
+    dtype: str | None, quantize: str | None, calibration: Path | None, min_shapes: tuple[str, ...],
+    opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], timing_cache: Path | None, plugin: str,
+    embed_plugin: bool, in_place: bool, ptx: bool, force: bool,
 ) -> None:  # fmt: skip
     """Builds an engine from a checkpoint, or from an ONNX folder (target portable).
 
@@ -88,6 +100,8 @@ def command(
       matexport trt -m checkpoint -s half -o half-rtx --min-shapes pixel_values:1x3x8x8 \\
           --opt-shapes pixel_values:16x3x8x8 --max-shapes pixel_values:256x3x8x8
       matexport trt -m half -o engines --target rtx-ampere --target rtx-blackwell
+      matexport trt -m half -o half-int4 --dtype float16 --quantize int4
+      matexport trt -m half -o half-fp8 --dtype float16 --quantize fp8 --calibration images.npz --target rtx-ada
       matexport trt -m half -o half-fused --plugin cuda --embed-plugin
       matexport trt -m half -o half-ptx --emit-ptx --target rtx-ada
       matexport trt -m half -o half-h100 --target h100
@@ -97,7 +111,8 @@ def command(
         raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
     output = output or Path()
     if ptx:
-        if plugin == "cuda" or embed_plugin or in_place or dry_run or min_shapes or opt_shapes or max_shapes:
+        of_engines = (embed_plugin, in_place, dry_run, min_shapes, opt_shapes, max_shapes, dtype, quantize)
+        if plugin == "cuda" or any(of_engines):
             raise UsageError("--emit-ptx builds no engine", fix="leave out the options of engines")
         _emit_ptx(model, table, row, output, targets, force)
         return
@@ -105,15 +120,17 @@ def command(
     shapes = _profiles({"min": min_shapes, "opt": opt_shapes, "max": max_shapes})
     places = {name: output / name if len(set(targets)) > 1 else output for name in targets}
     for name in places:  # before hours of building, not after
-        target_named(name, BUILT)
+        require_precision(target_named(name, BUILT), quantize)
     if dry_run:
         for name in places:
             _show_plan(plan_engine(model, slice=row, table=table, target=name, shapes=shapes, plugin=plugin))
         return
+    measured = load_arrays(calibration, "--calibration")
     for name, place in places.items():
         manifest = api.build_trt(
-            model, place, slice=row, table=table, target=name, shapes=shapes, plugin=plugin, embed_plugin=embed_plugin,
-            in_place=in_place, timing_cache=timing_cache, force=force, warn=note,
+            model, place, slice=row, table=table, target=name, shapes=shapes, dtype=dtype, quantize=quantize,
+            calibration=measured, plugin=plugin, embed_plugin=embed_plugin, in_place=in_place,
+            timing_cache=timing_cache, force=force, warn=note,
         )  # fmt: skip
         size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))
         library = manifest["tensorrt"]

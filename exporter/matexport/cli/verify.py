@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -12,15 +10,13 @@ from matexport import api
 from matexport.cli.common import (
     echo_json,
     format_option,
+    load_arrays,
     note,
     pickle_option,
     slice_option,
     table_option,
 )
-from matexport.errors import InputError, MismatchError
-
-if TYPE_CHECKING:
-    import numpy as np
+from matexport.errors import MismatchError
 
 
 @click.command()
@@ -60,7 +56,13 @@ def command(
       matexport verify -m half-onnx --source checkpoint --inputs golden.npz --format json
     """
     found = api.verify(
-        model, source, slice=row, table=table, inputs=_load(inputs), allow_pickle=allow_pickle, progress=_say
+        model,
+        source,
+        slice=row,
+        table=table,
+        inputs=load_arrays(inputs, "--inputs"),
+        allow_pickle=allow_pickle,
+        progress=_say,
     )
     markdown = found.to_markdown()
     if style == "json":
@@ -85,15 +87,3 @@ def command(
 
 def _say(text: str) -> None:
     click.echo(f"checking {text} ...", err=True)
-
-
-def _load(path: Path | None) -> dict[str, np.ndarray] | None:
-    if path is None:
-        return None
-    import numpy as np
-
-    try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as data:
-            return dict(data)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise InputError(f"is not an .npz file: {e}", where=str(path), fix="write it with numpy.savez") from None

@@ -79,15 +79,24 @@ class Family(Protocol):
         quantize: str | None = None,
         dtype: str = "F32",
         opset: int = 21,
+        ranges: Mapping[str, float] | None = None,
     ) -> Graph:
         """The ONNX graph of a planned slice; `form` is how its own ops appear (see `matexport.targets`).
 
         With `elastic`, every weight of a narrower slice is a range of the bytes of the wider one's; `quantize` is how
-        matrices are stored (see `matexport.graph.encoding`), `dtype` what products are computed in.
+        matrices are stored (see `matexport.graph.encoding`), `dtype` what products are computed in. With `fp8` the
+        `ranges` are those of what matrices are multiplied with (see `Graph`).
         """
 
     def build_split(
-        self, plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = 21
+        self,
+        plan: Plan,
+        form: str,
+        *,
+        quantize: str | None = None,
+        dtype: str = "F32",
+        opset: int = 21,
+        ranges: Mapping[str, float] | None = None,
     ) -> dict[str, Graph]:
         """The same in several graphs, each fed with what those before it give: embeddings first; by file name.
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -22,7 +23,7 @@ IR_VERSIONS = {21: 10, 23: 11}  # 23: onnxruntime 1.23
 DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F64": ir.DataType.DOUBLE,
     "I64": ir.DataType.INT64, "I32": ir.DataType.INT32, "I8": ir.DataType.INT8, "U8": ir.DataType.UINT8,
-    "BOOL": ir.DataType.BOOL,
+    "BOOL": ir.DataType.BOOL, "F8": ir.DataType.FLOAT8E4M3FN, "F4": ir.DataType.FLOAT4E2M1, "I4": ir.DataType.INT4,
 }  # fmt: skip
 NUMPY: dict[str, Any] = {
     "I64": np.int64,
@@ -30,6 +31,9 @@ NUMPY: dict[str, Any] = {
     "F64": np.float64,
     "BOOL": np.bool_,
     "U8": np.uint8,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8": ml_dtypes.float8_e4m3fn,
 }  # of constants
 
 
@@ -59,8 +63,16 @@ class Weight:
         return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
 
     @property
+    def numpy(self) -> np.dtype:
+        """The type of the array that is stored."""
+        return self.encoding.numpy if self.encoding else numpy_dtype(self.dtype)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
+        if self.encoding:
+            n, k = self.tensor.shape
+            return self.encoding.nbytes(n, k)
+        return math.prod(self.shape) * self.numpy.itemsize
 
 
 class Graph:
@@ -74,6 +86,8 @@ class Graph:
     def __init__(self, name: str, dtype: str = "F32", opset: int = OPSET):
         self.name, self.dtype, self.opset = name, dtype, opset
         self.quantize: str | None = None  # how its matrices are stored: see `matexport.graph.encoding`
+        self.ranges: Mapping[str, float] = {}  # the largest magnitude of what each of them is multiplied with
+        self.products: dict[str, ir.Value] = {}  # what that is, where matrices are not quantised
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []

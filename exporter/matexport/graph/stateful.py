@@ -36,11 +36,11 @@ class Taps:
     """Which inputs a convolution takes, as rows of (b * (k - 1 + T), m), each state before its steps.
 
     Attributes:
-        rows: for each tap, oldest first, (b, T).
+        rows: (k, b, T), those of the oldest tap first.
         final: (b, k - 1), those of the new state.
     """
 
-    rows: tuple[ir.Value, ...]
+    rows: ir.Value
     final: ir.Value
 
 
@@ -59,9 +59,9 @@ def taps(
     if mask is None:
         every = g.op("Range", i64(0), g.op("Squeeze", rows), i64(1))
         place = g.op("Slice", every, i64([0]), length, i64([0])) if source is None else source
-        taken = [g.op("Add", first, g.op("Add", place, i64(j))) for j in range(kernel)]
+        taken = [g.op("Add", place, i64(j)) for j in range(kernel)]
         final = g.op("Add", first, g.op("Slice", every, length, rows, i64([0])))
-        return Taps(tuple(map(g.index, taken)), g.index(final))
+        return Taps(_rows(g, first, taken), g.index(final))
     before = g.op("Expand", g.constant(True, "BOOL"), g.op("Concat", batch, i64([tail]), axis=0))
     real = g.op("Concat", before, mask, axis=1)  # (b, k - 1 + T)
     counted = g.op("Cast", real, to=int(ir.DataType.INT64))
@@ -75,11 +75,15 @@ def taps(
     place = g.op("Max", g.op("Sub", place, i64(tail)), i64(0))  # of what each step's oldest tap reads
     if source is not None:
         place = g.op("Gather", place, source, axis=1)
-    taken = [
-        g.op("Add", first, g.op("GatherElements", order, g.op("Add", place, i64(j)), axis=1)) for j in range(kernel)
-    ]
+    taken = [g.op("GatherElements", order, g.op("Add", place, i64(j)), axis=1) for j in range(kernel)]
     final = g.op("Add", first, g.op("Slice", order, length, rows, i64([1])))
-    return Taps(tuple(map(g.index, taken)), g.index(final))
+    return Taps(_rows(g, first, taken), g.index(final))
+
+
+def _rows(g: Graph, first: ir.Value, taken: list[ir.Value]) -> ir.Value:
+    """Indices in each sequence, a list over taps, as rows of all of them."""
+    each = (g.op("Unsqueeze", g.op("Add", first, one), g.constant([0])) for one in taken)
+    return g.index(g.op("Concat", *each, axis=0))
 
 
 def causal_conv1d(
@@ -105,10 +109,9 @@ def _conv(g: Graph, x: ir.Value, weight: ir.Value, bias: ir.Value, state: ir.Val
         rows = g.op("Reshape", rows, g.constant([-1, channels]))
     else:
         rows = g.op("Flatten", rows, axis=2)
-    weights = g.op("Transpose", weight, perm=[2, 1, 0])  # (k, 1, m)
-    y = bias
-    for j, taken in enumerate(taps.rows):
-        y = g.op("Add", y, g.op("Mul", g.op("Gather", rows, taken), g.op("Gather", weights, g.constant(j))))
+    weights = g.op("Unsqueeze", g.op("Transpose", weight, perm=[2, 1, 0]), g.constant([1]))  # (k, 1, 1, m)
+    products = g.op("Mul", g.op("Gather", rows, taps.rows), weights)
+    y = g.op("Add", g.op("ReduceSum", products, g.constant([0]), keepdims=0), bias)
     final = g.op("Transpose", g.op("Gather", rows, taps.final), perm=[0, 2, 1])
     return silu(g, y), final
 

@@ -255,6 +255,7 @@ def _manifest(
         "target": target.name,
         "form": target.form,
         **({"dtype": FLOATS[graph.dtype]} if graph.dtype != "F32" else {}),
+        **({"ranges": dict(graph.ranges)} if graph.ranges else {}),
         **({"opset": graph.opset} if graph.opset != OPSET else {}),
         **({"quantize": graph.quantize} if graph.quantize else {}),
         **({"graphs": {file: list(one.weights) for file, one in graphs.items()}} if others else {}),

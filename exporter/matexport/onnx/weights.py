@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from matexport.graph.builder import Graph, Weight
 from matexport.graph.encoding import Encoding
 from matexport.planning import Ranges, View
 from matexport.streaming import Pool, read, stream, stream_transposed
-from matexport.tensors import numpy_dtype
 from matexport.writer import AHEAD
 
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 16  # large weights start on a page, so that they can be mapped
@@ -134,7 +134,7 @@ def stored_blocks(checkpoint: Checkpoint, weight: Weight, pool: Pool | None = No
     Raises:
         CheckpointError: a value that float16 cannot hold.
     """
-    view, dtype = weight.tensor.view, numpy_dtype(weight.dtype)
+    view, dtype = weight.tensor.view, weight.numpy
     if weight.encoding is not None:
         yield from _encoded(checkpoint, view, weight.encoding)
         return
@@ -150,7 +150,13 @@ def stored_blocks(checkpoint: Checkpoint, weight: Weight, pool: Pool | None = No
 
 def _encoded(checkpoint: Checkpoint, view: View, encoding: Encoding) -> Iterator[np.ndarray]:
     """A matrix in fewer bits, some rows at a time, on all processors; `int8` codes are stored by columns."""
-    rows = _in_threads(encoding.encode, _rows(checkpoint, view))
+    largest = 0.0
+    if encoding.method == "nvfp4":  # its scales are relative to the whole matrix
+        largest = max(float(np.abs(rows).max()) for rows in _rows(checkpoint, view))
+        if encoding.part == "scale":
+            yield encoding.encode(np.zeros((1, 1), np.float32), largest)
+            return
+    rows = _in_threads(partial(encoding.encode, largest=largest), _rows(checkpoint, view))
     if (encoding.method, encoding.part) == ("int8", "codes"):
         codes = np.concatenate(list(rows))  # a quarter of the matrix
         yield np.ascontiguousarray(codes.T).reshape(-1)

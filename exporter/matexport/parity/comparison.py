@@ -32,6 +32,11 @@ TOLERANCES = {
     "onnx int8": 8.0,  # inputs of products in 8 bits: measured 1.4 to 3.5, and 0.8 to 1.8 with a scale for each block
     "onnx int8-block": 8.0,
     "onnx int4-block": 1.0,  # inputs have 16 times as many levels as weights: 0.1 to 0.2
+    "onnx int8-weight": 4.0,  # for TensorRT: inputs are rounded to the type of products, 0.5 to 0.9 with bfloat16
+    "onnx int4-weight": 0.5,  # 0.04
+    "onnx nvfp4": 0.5,  # 0.04
+    "onnx fp8": 4.0,  # inputs and weights in e4m3: 1.0 to 1.6
+    "golden fp8": 0.3,  # of the largest value: engine and golden values may round what products take to either side
     "loss": math.inf,  # what fewer bits lose against the source: stated, and for the user to judge
     "engine": 1e-4,  # another runtime, on a GPU, with approximations of its own; not measured yet
     "functions": 1e-5,  # another runtime without our kernels, where it could have them: the functions in the file

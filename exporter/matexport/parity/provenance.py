@@ -58,7 +58,7 @@ def prove_tensor(name: str, stored: Stored, planned: PlannedTensor | None, sourc
 
 
 def _pairs(stored: Stored, blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    dtype = numpy_dtype(stored.weight.dtype if stored.weight else stored.tensor.dtype)
+    dtype = stored.weight.numpy if stored.weight else numpy_dtype(stored.tensor.dtype)
     with stored.file.open("rb") as f:
         f.seek(stored.start)
         for want in blocks:

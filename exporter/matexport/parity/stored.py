@@ -39,7 +39,7 @@ class StoredSource(Checkpoint):
         for weight in self.encoded:
             view, encoding = weight.tensor.view, weight.encoding
             if view.source == name and encoding is not None and encoding.part == "codes":
-                rows = restored(np.asarray(view.of(source), np.float32), encoding.method)
+                rows = restored(np.asarray(view.of(source), np.float32), encoding)
                 places = (np.concatenate([np.arange(*r) for r in ranges]) for ranges in view.ranges)
                 array.reshape(view.view_shape)[np.ix_(*places)] = rows.reshape(view.taken)
         return array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from matexport.checkpoint import Checkpoint, open_checkpoint
 from matexport.dims import Dims
 from matexport.errors import InputError
 from matexport.families import Family, Forward, family_of, with_options
+from matexport.families.inputs import checked_inputs
 from matexport.families.rows import WHOLE
 from matexport.graph.builder import Graph
-from matexport.graph.encoding import METHODS
+from matexport.graph.encoding import CALIBRATED, METHODS
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
 from matexport.parity.comparison import Comparison, compare_outputs, compare_quantised, kind_of
 from matexport.parity.engines import check_engine, check_golden, fitting_inputs
@@ -70,7 +72,7 @@ def verify_artefact(
         require_engine(artefact, manifest)  # before the oracle is made
         samples = fitting_inputs(samples, manifest, str(artefact))
     given, labels = inputs is not None, _labels(inputs or {}, samples)
-    inputs = samples if inputs is None else _checked(inputs, samples)
+    inputs = samples if inputs is None else checked_inputs(inputs, samples, "--inputs")
     source.fetch(source.tensors)
     progress("the oracle")
     oracle = family.load_oracle(source, plan.layers, plan.dtype)
@@ -115,22 +117,6 @@ def _verify_bundle(
 
 def _described(given: bool) -> str:
     return "given" if given else f"random, seed {SEED}"
-
-
-def _checked(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A user's inputs, if they have the names, types and shapes (but for the first axis) of our own."""
-    for name, sample in samples.items():
-        if name not in inputs:
-            fix = f"the inputs are {', '.join(samples)}"
-            raise InputError(f"input {name!r} is missing", where="--inputs", fix=fix)
-        array = inputs[name]
-        if array.dtype.kind not in "fiub":
-            raise InputError(f"input {name!r} holds no numbers", where="--inputs", fix="give a batch of real inputs")
-        free = sample.dtype.kind == "i"  # token ids: any length
-        if array.ndim != sample.ndim or not array.size or not (free or array.shape[1:] == sample.shape[1:]):
-            what = f"input {name!r} has shape {array.shape}, (any, {', '.join(map(str, sample.shape[1:]))}) expected"
-            raise InputError(what, where="--inputs", fix="give a batch of the model's own inputs")
-    return {name: np.ascontiguousarray(inputs[name], sample.dtype) for name, sample in samples.items()}
 
 
 def _labels(inputs: Mapping[str, np.ndarray], samples: Mapping[str, np.ndarray]) -> np.ndarray | None:
@@ -285,7 +271,7 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
         run = kind if library or kind != "onnx" else "functions"
         got = load_onnx(*files, library=library)(inputs)
         if quantize:  # right where inputs of products are not rounded, and if they are, by their rounding alone
-            if quantize != "int8":  # whose products are of integers
+            if quantize not in ("int8", *CALIBRATED):  # whose products are of integers, or of rounded numbers
                 exact = load_onnx(*files, library=library, exact=True)(inputs)
                 found += compare_outputs(run, exact, stored_want, family)
             found += compare_quantised(f"onnx {quantize}", got, stored_want, want, family)
@@ -300,35 +286,57 @@ def _check_onnx(subject: Subject, inputs: Outputs, want: Outputs) -> list[Compar
 
 def _stored_oracle(subject: Subject) -> Forward | None:
     """The oracle with the weights as a quantised artefact stores them; None for others."""
-    family, plan, method = subject.family, subject.plan, subject.manifest.get("quantize")
-    if method is None:
+    family, plan = subject.family, subject.plan
+    if subject.manifest.get("quantize") is None:
         return None
-    if method not in METHODS:
-        raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
-    weights = family.build_graph(plan, str(subject.manifest.get("form")), quantize=method).weights.values()
+    weights = _quantised(subject).weights.values()
     source = stored_source(subject.source, family.plan_slice(subject.source, WHOLE, None), weights, plan.dtype)
     return family.load_oracle(source, plan.layers, None)
 
 
 def _weight_bytes(subject: Subject) -> tuple[int, int] | None:
     """Bytes of a quantised artefact's weights, and of the same in float32; None for others."""
-    form, method = str(subject.manifest.get("form")), subject.manifest.get("quantize")
-    if method not in METHODS:
+    if subject.manifest.get("quantize") is None:
         return None
-    stored = subject.family.build_graph(subject.plan, form, quantize=method)
-    plain = subject.family.build_graph(subject.plan.cast("F32"), form)
-    sizes = [sum(weight.nbytes for weight in graph.weights.values()) for graph in (stored, plain)]
+    plain = subject.family.build_graph(subject.plan.cast("F32"), str(subject.manifest.get("form")))
+    sizes = [sum(weight.nbytes for weight in graph.weights.values()) for graph in (_quantised(subject), plain)]
     return sizes[0], sizes[1]
+
+
+def _quantised(subject: Subject) -> Graph:
+    """The graph of a quantised artefact, for its weights: what they are multiplied with makes no difference to them."""
+    manifest, where = subject.manifest, str(subject.artefact)
+    method, dtype = manifest.get("quantize"), _computed(manifest)
+    if method not in METHODS or dtype is None:
+        raise InputError("manifest cannot be read", where=where, fix="write the artefact again")
+    options: dict[str, Any] = {"ranges": defaultdict(lambda: 1.0)} if method in CALIBRATED else {}
+    form = str(manifest.get("form"))
+    return subject.family.build_graph(subject.plan, form, quantize=method, dtype=dtype, **options)
+
+
+def _computed(manifest: Mapping[str, Any]) -> str | None:
+    """The type of an artefact's products, None if there is no such type."""
+    return {name: key for key, name in FLOATS.items()}.get(str(manifest.get("dtype", "float32")))
+
+
+def _ranges(manifest: dict[str, Any], where: str) -> dict[str, float]:
+    """What products of a calibrated artefact take, as it was measured."""
+    try:
+        return {str(name): float(value) for name, value in manifest["ranges"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(f"manifest cannot be read: {e!r}", where=where, fix="write the artefact again") from None
 
 
 def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
     """The graphs that a manifest says there are, by file. Raises InputError if it says what is none of ours."""
     family, manifest = subject.family, subject.manifest
     quantize, opset = manifest.get("quantize"), manifest.get("opset", family.OPSETS[0])
-    computed = {name: key for key, name in FLOATS.items()}.get(str(manifest.get("dtype", "float32")))
+    computed = _computed(manifest)
     if not (quantize is None or quantize in METHODS) or opset not in family.OPSETS or computed is None:
         raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
     options: dict[str, Any] = {"quantize": quantize, "opset": opset, "dtype": computed}
+    if quantize in CALIBRATED:
+        options["ranges"] = _ranges(manifest, str(subject.artefact))
     if "graphs" not in manifest or subject.artefact.is_file():
         elastic = manifest.get("elastic") is True
         return {"model.onnx": family.build_graph(subject.plan, target.form, elastic=elastic, **options)}

@@ -82,19 +82,19 @@ def open_onnx(
 
 
 def _runnable(file: Path, exact: bool) -> tuple[Path | bytes, set[str]]:
-    """What ONNX Runtime's CPU is to run of a model: its file, or if it has products in bfloat16, another model.
+    """What ONNX Runtime's CPU is to run of a model: its file, or another model if that has types it has no kernels for.
 
     And the inputs and outputs that are bfloat16 in the file. With `exact`, without the attribute that lets products
     with quantised weights round their inputs.
     """
     import onnx
 
-    from matexport.runtimes.bfloat16 import without_bfloat16
+    from matexport.runtimes.lowered import without_bfloat16, without_float4
 
     model = onnx.load(file, load_external_data=False)
     values = (*model.graph.input, *model.graph.output)
     halves = {value.name for value in values if value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16}
-    changed = without_bfloat16(model)
+    changed = any([without_float4(model, file.parent), without_bfloat16(model)])
     for node in model.graph.node if exact else ():
         kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
         if len(kept) < len(node.attribute):

@@ -10,6 +10,7 @@ from typing import Any
 from matexport.errors import InputError, MismatchError
 from matexport.manifest import file_problems, read_manifest
 from matexport.targets import Target
+from matexport.tensorrt.precision import require_precision
 from matexport.tensorrt.profiles import Profile, profiles, profiles_json
 from matexport.version import __version__
 
@@ -67,11 +68,13 @@ def open_source(onnx: Path, target: Target, shapes: Mapping[str, Profile], plugi
     Raises:
         InputError: not an ONNX folder of ours, or shapes that do not fit it.
         MismatchError: its files are not those that were written.
+        UsageError: the GPUs of the target have not its precision.
     """
     manifest = read_manifest(onnx)
     if manifest["kind"] != "onnx":
         fix = "export it first: matexport onnx"
         raise InputError(f"is of kind {manifest['kind']!r}, not ONNX", where=str(onnx), fix=fix)
+    require_precision(target, manifest.get("quantize"))
     form = manifest.get("form")
     if form != (target.form if plugin == "none" else "custom"):
         fix = f"export it with: matexport onnx --target {'portable' if plugin == 'none' else 'cpu'}"

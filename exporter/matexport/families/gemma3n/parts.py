@@ -15,7 +15,7 @@ from matexport.families.gemma3n.config import read_config, text_of
 from matexport.families.gemma3n.layout import EMBEDDING, HEAD, INNER, PER_LAYER_PROJECTION, PER_LAYER_TABLE, TEXT
 from matexport.graph import quantized
 from matexport.graph.builder import DTYPES, OPSET, Graph
-from matexport.graph.encoding import BLOCK
+from matexport.graph.encoding import BLOCK, TYPED
 from matexport.planning import Plan, PlannedTensor, View
 
 FUSED = 23  # the opset from which on ai.onnx has a node each for RMSNorm, rotary embedding and attention
@@ -39,10 +39,10 @@ class Parts:
 
     def __init__(
         self, plan: Plan, form: str, *, opset: int = OPSET, elastic: bool = False, quantize: str | None = None,
-        dtype: str = "F32",
+        dtype: str = "F32", ranges: Mapping[str, float] | None = None,
     ):  # fmt: skip
         self.g = Graph("gemma3n", dtype, opset)
-        self.g.quantize = quantize
+        self.g.quantize, self.g.ranges = quantize, {} if ranges is None else ranges
         self.config: Mapping[str, Any] = text_of(plan.config)
         self.text = read_config(plan.config, "config.json")
         self.tensors, self.elastic = plan.tensors, elastic
@@ -73,6 +73,7 @@ class Parts:
         """x W^T for x (N, k) and a weight (n, k); `inner`: one whose columns are nested."""
         g, full = self.g, f"{self.prefix}{name}.weight"
         tensor = self.tensors[full]
+        g.products[full] = x
         with g.scope(name.rpartition(".")[2]):
             if g.quantize and min(tensor.shape) >= BLOCK:
                 wide = self.widened(x) if self._narrowed.get(x) is x else x
@@ -103,15 +104,19 @@ class Parts:
         g, text = self.g, self.text
         name = HEAD if HEAD in self.tensors else self.prefix + EMBEDDING
         tensor = self.tensors[name]
+        g.products[name] = x
         in_bits = bool(g.quantize) and (name == HEAD or quantized.gathers(tensor, g.quantize))
-        if not (in_bits or self.contrib):
-            y = self.widened(g.op("Gemm", self.narrowed(x), g.weight(name, tensor), transB=1))
-            return g.op("Reshape", y, g.op("Concat", steps, g.constant([text.vocab]), axis=0))
-        x = g.op("Reshape", x, g.op("Concat", steps, g.constant([text.hidden]), axis=0))
+        rows = g.quantize in TYPED or not (in_bits or self.contrib)
+        if not rows:
+            x = g.op("Reshape", x, g.op("Concat", steps, g.constant([text.hidden]), axis=0))
         if in_bits:
-            return quantized.linear(g, x, [(name, tensor)], str(g.quantize))[0]
-        y = g.op("FusedMatMul", self.narrowed(x), g.weight(name, tensor), transB=1, domain=quantized.CONTRIB)
-        return self.widened(y)
+            y = quantized.linear(g, x, [(name, tensor)], str(g.quantize))[0]
+        elif rows:
+            y = self.widened(g.op("Gemm", self.narrowed(x), g.weight(name, tensor), transB=1))
+        else:
+            product = g.op("FusedMatMul", self.narrowed(x), g.weight(name, tensor), transB=1, domain=quantized.CONTRIB)
+            y = self.widened(product)
+        return g.op("Reshape", y, g.op("Concat", steps, g.constant([text.vocab]), axis=0)) if rows else y
 
     # ------------------------------------------------------------------------------------ functions
     def norm(self, x: ir.Value, name: str | None) -> ir.Value:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAME = "matmamba"
 COLUMN = MAMBA
 OPTIONS: Mapping[str, Callable[[Plan], Plan]] = {}
-OPSETS = (21,)
+OPSETS = (21, 23)
 TOKENS = 37  # of the sample inputs: no multiple of anything
 
 __all__ = [
@@ -74,15 +74,25 @@ def build_graph(
     quantize: str | None = None,
     dtype: str = "F32",
     opset: int = OPSETS[0],
+    ranges: Mapping[str, float] | None = None,
 ) -> Graph:
     from matexport.families.matmamba.graph import language_graph, vision_graph
+    from matexport.graph.builder import Graph
 
-    build = vision_graph if plan.config["model_type"] == "matmamba_vision" else language_graph
-    return build(plan, form, elastic=elastic, quantize=quantize, dtype=dtype)
+    vision = plan.config["model_type"] == "matmamba_vision"
+    g = Graph("matmamba_vision" if vision else "matmamba_lm", dtype, opset)
+    g.quantize, g.ranges = quantize, {} if ranges is None else ranges
+    return (vision_graph if vision else language_graph)(g, plan, form, elastic=elastic)
 
 
 def build_split(
-    plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = OPSETS[0]
+    plan: Plan,
+    form: str,
+    *,
+    quantize: str | None = None,
+    dtype: str = "F32",
+    opset: int = OPSETS[0],
+    ranges: Mapping[str, float] | None = None,
 ) -> dict[str, Graph]:
     return {}
 

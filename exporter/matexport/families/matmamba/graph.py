@@ -14,9 +14,7 @@ from matexport.planning import Plan
 STATES = ("conv_state", "recurrent_state")  # onnxruntime-genai's names
 
 
-def vision_graph(
-    plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32"
-) -> Graph:
+def vision_graph(g: Graph, plan: Plan, form: str, *, elastic: bool = False) -> Graph:
     """`pixel_values` (batch, 3, s, s) -> `logits` (batch, classes), from the config and shapes of a plan.
 
     Inputs and outputs are float32, whatever products are computed in.
@@ -24,12 +22,11 @@ def vision_graph(
     config = plan.config
     d, patch, size = config["d_model"], config["patch_size"], config["image_size"]
     patches = (size // patch) ** 2
-    g = Graph("matmamba_vision", dtype)
     pixels = g.input("pixel_values", "F32", ["batch", 3, size, size])
     batch = g.op("Shape", pixels, start=0, end=1)
     blocks = Blocks(
         g, plan, form, prefix=PREFIXES["vision"], batch=batch, length=patches + 1, mask=None,
-        elastic=elastic, quantize=quantize,
+        elastic=elastic,
     )  # fmt: skip
     weight = blocks.weight
     with g.scope("patch_embed"):
@@ -59,25 +56,21 @@ def vision_graph(
     return g
 
 
-def language_graph(
-    plan: Plan, form: str, *, elastic: bool = False, quantize: str | None = None, dtype: str = "F32"
-) -> Graph:
+def language_graph(g: Graph, plan: Plan, form: str, *, elastic: bool = False) -> Graph:
     """`input_ids` (batch, sequence), `attention_mask` (batch, total) and two states a layer -> `logits` and new states.
 
     One graph for prefill, continuation and decoding. The mask covers all tokens so far, of which the last `sequence`
     count; a step with 0, at either side, leaves the states exactly as they were. States start as zeros.
     States and logits are float32, whatever products are computed in.
     """
-    g, prefix = Graph("matmamba_lm", dtype), PREFIXES["lm"]
+    prefix, quantize = PREFIXES["lm"], g.quantize
     ids = g.input("input_ids", "I64", ["batch", "sequence"])
     attention = g.input("attention_mask", "I64", ["batch", "total_sequence"])
     batch, length = (g.op("Shape", ids, start=i, end=i + 1) for i in range(2))
     with g.scope("mask"):  # of the tokens that are new
         mask = g.op("Slice", attention, g.op("Neg", length), g.constant([1 << 60]), g.constant([1]))
         mask = g.op("Cast", mask, to=int(ir.DataType.BOOL))
-    blocks = Blocks(
-        g, plan, form, prefix=prefix, batch=batch, length=length, mask=mask, elastic=elastic, quantize=quantize
-    )
+    blocks = Blocks(g, plan, form, prefix=prefix, batch=batch, length=length, mask=mask, elastic=elastic)
     embedding = EMBEDDINGS[1], plan.tensors[EMBEDDINGS[1]]
 
     if quantize and quantized.gathers(embedding[1], quantize):

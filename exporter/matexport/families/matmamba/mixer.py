@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from matexport.graph import chunks, mamba2, quantized, stateful
 from matexport.graph.builder import Graph
+from matexport.graph.encoding import TYPED
 from matexport.planning import Plan, PlannedTensor
 
 
@@ -34,16 +35,14 @@ class Blocks:
         mask: (b, T), which steps are none; None for none.
         elastic: whether every weight of a narrower slice is a range of the wider one's bytes. The projection in then
             comes in parts; heads are the outermost axis of each, so B and C stand before x.
-        quantize: how projections are stored (see `matexport.graph.encoding`).
     """
 
     def __init__(
         self, g: Graph, plan: Plan, form: str, *, prefix: str, batch: ir.Value, length: int | ir.Value,
-        mask: ir.Value | None, elastic: bool, quantize: str | None,
+        mask: ir.Value | None, elastic: bool,
     ):  # fmt: skip
         self.g, self.tensors, self.form, self.prefix = g, plan.tensors, form, prefix
-        self.elastic, self.quantize = elastic, quantize
-        g.quantize = quantize
+        self.elastic, self.quantize = elastic, g.quantize
         ssm = plan.config.get("ssm_cfg") or {}
         self.groups: int = ssm.get("ngroups", 1)
         low, high = ssm.get("dt_limit", (0.0, math.inf))
@@ -93,13 +92,16 @@ class Blocks:
             last: x is that of the last step, (b, 1, k).
         """
         g = self.g
-        if self.quantize and quantize:
+        if self.quantize and quantize and self.quantize not in TYPED:
             return quantized.linear(g, x, weights, self.quantize)
         flat = g.op("Reshape", x, g.constant([-1, weights[0][1].shape[1]]))
-        flat = g.to_dtype(flat)
-        products = [
-            (g.to_float32(g.op("Gemm", flat, g.weight(*weight), transB=1)), weight[1].shape[0]) for weight in weights
-        ]
+        g.products |= {name: flat for name, _ in weights}
+        if self.quantize and quantize:
+            found = quantized.linear(g, flat, weights, self.quantize)
+        else:
+            narrow = g.to_dtype(flat)
+            found = [g.to_float32(g.op("Gemm", narrow, g.weight(*weight), transB=1)) for weight in weights]
+        products = [(y, tensor.shape[0]) for y, (_, tensor) in zip(found, weights, strict=True)]
         return [g.op("Unsqueeze", y, g.constant([1])) if last else self._by_step(y, n) for y, n in products]
 
     def _by_step(self, y: ir.Value, n: int) -> ir.Value:
@@ -199,15 +201,17 @@ class Blocks:
         self, u: ir.Value, name: str, w: int, channels: int, heads: int, last_only: bool
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """z (b, T, w), or (b, 1, w) with `last_only`; the convolution's input (b, T, channels); dt (b, T, heads)."""
+        g = self.g
         z, x, bc, dt = (0, w), (w, 2 * w), (2 * w, w + channels), (w + channels, w + channels + heads)
         gated = self.last(u) if last_only else u
         if self.elastic:
             parts = self.rows(name, "z", z), self.rows(name, "bcx", bc, x), self.rows(name, "dt", dt)
             first, second, third = *self.linear(gated, parts[0], last=last_only), *self.linear(u, *parts[1:])
         elif last_only:
+            g.products |= {f"{name}.z": gated, f"{name}.xbcdt": u}
             if self.quantize:
                 gate, rest = self.rows(name, "z", z), self.rows(name, "xbcdt", x, bc, dt)
-                (first,), (xbcdt,) = self.linear(gated, gate), self.linear(u, rest)
+                (first,), (xbcdt,) = self.linear(gated, gate, last=True), self.linear(u, rest)
             else:  # stored whole; runtimes split it once, when they load it
                 sizes = self.g.constant([w, channels + heads])
                 top, bottom = self.g.ops("Split", self.matrix(name), sizes, axis=0, outputs=2)

@@ -1,9 +1,16 @@
-"""Models with products in bfloat16, for runtimes without: in float32, with what is bfloat16 rounded to it."""
+"""Models in types that ONNX Runtime's CPU has no kernels for, with the same numbers in types that it has.
+
+Products in bfloat16 are computed in float32, with what is bfloat16 rounded to it; codes in e2m1 become their doubles,
+which are whole numbers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     import onnx
@@ -60,3 +67,31 @@ def without_bfloat16(model: onnx.ModelProto) -> bool:
     graph.node.extend(found)
     del graph.value_info[:]
     return typed or len(found) > len(nodes)
+
+
+def without_float4(model: onnx.ModelProto, folder: Path) -> bool:
+    """Changes a model, whose data is in `folder`, so that it has no e2m1; returns whether there was any need."""
+    from onnx import TensorProto, helper, numpy_helper
+    from onnx.external_data_helper import load_external_data_for_tensor
+
+    graph, doubled = model.graph, set()
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT4E2M1:
+            load_external_data_for_tensor(tensor, str(folder))
+            codes = np.asarray(numpy_helper.to_array(tensor)).astype(np.float32) * 2
+            tensor.CopyFrom(numpy_helper.from_array(codes.astype(np.int8), tensor.name))
+            doubled.add(tensor.name)
+    if not doubled:
+        return False
+    half = helper.make_tensor("/float4/half", TensorProto.FLOAT, [], [0.5])
+    graph.initializer.append(half)
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        if node.input and node.input[0] in doubled:
+            scale, factor = node.input[1], f"{node.input[1]}/half"
+            graph.node.append(helper.make_node("CastLike", [half.name, scale], [factor]))
+            graph.node.append(helper.make_node("Mul", [scale, factor], [f"{factor}/scale"]))
+            node.input[1] = f"{factor}/scale"
+        graph.node.append(node)
+    return True
