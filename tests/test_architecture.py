@@ -31,7 +31,7 @@ LAYERS = [
     {"onnx", "tensorrt"},
     {"parity", "hf", "calibration"},
     {"api"},
-    {"kernels", "engines"},
+    {"engines"},
     {"cli", "__init__"},
 ]
 HEAVY = {"torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx"}

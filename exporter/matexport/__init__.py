@@ -19,7 +19,6 @@ from matexport.version import __version__
 if TYPE_CHECKING:
     from matexport.api import (
         PlannedSlice,
-        build_trt,
         export_bundle,
         export_in_place,
         export_onnx,
@@ -28,12 +27,12 @@ if TYPE_CHECKING:
         slice,
         verify,
     )
+    from matexport.engines import build_trt, emit_ptx, plan_engine
     from matexport.errors import MatexportError
-    from matexport.kernels import emit_ptx
 
 __all__ = [
     "MatexportError", "PlannedSlice", "__version__", "build_trt", "emit_ptx", "export_bundle", "export_in_place",
-    "export_onnx", "load_table", "plan", "slice", "verify",
+    "export_onnx", "load_table", "plan", "plan_engine", "slice", "verify",
 ]  # fmt: skip
 
 
@@ -42,7 +41,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'matexport' has no attribute {name!r}")
     import importlib
 
-    module = {"MatexportError": "errors", "emit_ptx": "kernels"}.get(name, "api")
+    engines = dict.fromkeys(("build_trt", "emit_ptx", "plan_engine"), "engines")
+    module = {"MatexportError": "errors", **engines}.get(name, "api")
     return getattr(importlib.import_module(f"matexport.{module}"), name)
 
 

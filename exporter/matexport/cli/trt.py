@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from matexport import api
 from matexport.cli.common import (
     force_option,
     hint,
@@ -21,10 +20,9 @@ from matexport.cli.common import (
     slice_option,
     table_option,
 )
-from matexport.engines import plan_engine
+from matexport.engines import build_trt, emit_ptx, plan_engine
 from matexport.errors import UsageError
 from matexport.gpus import dotted
-from matexport.kernels import emit_ptx
 from matexport.targets import TARGETS, target_named
 from matexport.tensorrt import CAPABILITIES, PLUGINS, Profile
 from matexport.tensorrt.precision import METHODS, require_precision
@@ -127,7 +125,7 @@ def command(
         return
     measured = load_arrays(calibration, "--calibration")
     for name, place in places.items():
-        manifest = api.build_trt(
+        manifest = build_trt(
             model, place, slice=row, table=table, target=name, shapes=shapes, dtype=dtype, quantize=quantize,
             calibration=measured, plugin=plugin, embed_plugin=embed_plugin, in_place=in_place,
             timing_cache=timing_cache, force=force, warn=note,
