@@ -321,6 +321,7 @@ def main() -> None:
     sizes = (16, 10) if args.quick else (8, 35)
     with tempfile.TemporaryDirectory(dir=args.keep or ".") as temporary:
         report["rivals"] = compared(Path(temporary), *sizes, args.runs, args.rivals)
+    measuring.say(json.dumps(report, indent=1))  # what there is, if the disk is too small for the rest
     with tempfile.TemporaryDirectory(dir=args.keep or ".") as temporary:
         report["writing"] = writing(args.keep or Path(temporary), 8 if args.quick else 1, 2 if args.quick else 3)
     print(json.dumps(report, indent=1))

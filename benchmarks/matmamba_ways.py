@@ -127,10 +127,13 @@ class Layer:
 
     def model(self, form: str) -> bytes:
         g = Graph("layer")
-        options: dict[str, Any] = {"elastic": False, "quantize": None}
-        blocks = Blocks(g, self.plan, form, prefix=PREFIX, length=None, masked=False, **options)
-        conv, scan = blocks.state_shapes(0)
         x = g.input("x", "F32", ["batch", "sequence", D_LM])
+        sizes = {"batch": g.op("Shape", x, start=0, end=1), "length": g.op("Shape", x, start=1, end=2)}
+        mask = None
+        if form == "stock":  # which fills chunks up, and hides that
+            mask = g.op("Expand", g.constant(True, "BOOL"), g.op("Concat", *sizes.values(), axis=0))
+        blocks = Blocks(g, self.plan, form, prefix=PREFIX, mask=mask, elastic=False, **sizes)
+        conv, scan = blocks.state_shapes(0)
         states = States(g.input("conv", "F32", ["batch", *conv]), g.input("state", "F32", ["batch", *scan]))
         y, after = blocks.mixer(x, 0, states)
         assert after is not None
@@ -179,13 +182,10 @@ class Layer:
 def plain_attention() -> Iterator[None]:
     """Graphs built here have com.microsoft::LinearAttention as it is."""
 
-    def scan(g: Graph, form: str, *values: Any, heads: int, groups: int, dt_limit: Any) -> tuple[ir.Value, ir.Value]:
-        assert groups == 1
+    def scan(g: Graph, form: str, *values: Any, heads: int, head_dim: int, **_: Any) -> tuple[ir.Value, ir.Value]:
         assert values[-1] is None  # no mask
         names = ("x", "dt_raw", "A", "B", "C", "D", "dt_bias", "state")
-        named = dict(zip(names, values, strict=False))
-        channels = [weight.shape[0] for name, weight in g.weights.items() if name.endswith("conv1d.weight")][-1]
-        return scan_ways.linear_attention(g, named, Sizes(heads, (channels - 2 * STATE) // heads))
+        return scan_ways.linear_attention(g, dict(zip(names, values, strict=False)), Sizes(heads, head_dim))
 
     with mock.patch.object(stateful, "mamba2_scan", scan):
         yield

@@ -127,12 +127,14 @@ def say(text: str) -> None:
 
 def machine(folder: Path) -> dict[str, Any]:
     """Processor, memory, and the file system of a folder."""
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    info = {key.strip(): value.strip() for key, value in lines}
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     above = {str(path) for path in (folder.resolve(), *folder.resolve().parents)}
     mount = max((m for m in mounts if m[1] in above), key=lambda m: len(m[1]))
     return {
-        "cpu": models[0].split(": ")[1] if models else platform.machine(),
+        "cpu": info.get("model name", platform.machine()),
+        "family": info.get("cpu family", ""),  # of AMD's: 25 is Zen 3 and 4, 26 is Zen 5
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "file_system": mount[2],
@@ -142,8 +144,9 @@ def machine(folder: Path) -> dict[str, Any]:
 
 
 def cpu() -> str:
-    """This processor's name, as it can stand in a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", machine(Path.cwd())["cpu"].lower()).strip("-")
+    """This processor's name and family, as they can stand in a file name: a virtual one does not say its generation."""
+    found = machine(Path.cwd())
+    return re.sub(r"[^a-z0-9]+", "-", f"{found['cpu']} {found['family']}".lower()).strip("-")
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -112,15 +112,22 @@ def random_bits(shapes: Shapes, rng: np.random.Generator) -> Iterator[np.ndarray
 
 
 def sensible(shapes: Shapes, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """bf16, as uint16, of such sizes that activations stay as they are in a trained model. The same numbers recur."""
+    """bf16, as uint16, with which rounding is amplified no more than in a trained model. The same numbers recur.
+
+    Scores before the softmax are of order one, and a layer changes the stream by less than its size.
+    """
     normal = rng.standard_normal(PIECE // 4, np.float32)
     for name, shape in shapes.items():
         vector, count = len(shape) == 1, int(np.prod(shape))
         scale = 0.1 if vector or "_coefs" in name else shape[-1] ** -0.5
+        size = (
+            shape[0] ** -0.25 if name.endswith(("q_norm.weight", "k_norm.weight")) else 0.3 if ".post_" in name else 1
+        )
         for start in range(0, count, len(normal) // 2):
-            size = min(count - start, len(normal) // 2)
-            first = int(rng.integers(len(normal) - size))
-            values = normal[first : first + size] * np.float32(scale) + np.float32("norm" in name)
+            length = min(count - start, len(normal) // 2)
+            first = int(rng.integers(len(normal) - length))
+            values = normal[first : first + length] * np.float32(scale) + np.float32("norm" in name)
+            values *= np.float32(size)
             yield (values.view(np.uint32) >> 16).astype(np.uint16)
 
 

@@ -202,9 +202,6 @@ def export_onnx(
     opset = opset or (23 if quantize == "nvfp4" else None)  # the first that has e2m1
     options: dict[str, Any] = {"quantize": quantize, "dtype": computed, "opset": opset_of(family, opset)}
     if quantize in CALIBRATED:
-        if split_embeddings or chosen.split:
-            what = f"{quantize} is for models of one graph"
-            raise UsageError(what, fix="leave out --split-embeddings, or use another method")
         samples = family.sample_inputs(planned.checkpoint.config, 1, 0)
         inputs = checked_inputs(calibration or {}, samples, "--calibration")
         options["ranges"] = measure_ranges(planned.checkpoint, planned.plan, family, inputs)

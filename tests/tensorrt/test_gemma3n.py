@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -80,6 +82,20 @@ def test_a_checkpoint_too_and_the_tables_are_outside(checkpoint: Path, tmp_path:
     mx.export_onnx(checkpoint, tmp_path / "one", target="portable")
     mx.build_trt(tmp_path / "one", tmp_path / "whole")
     assert data[:64] in (tmp_path / "whole" / "model.engine").read_bytes()  # of one graph it would be inside
+
+
+@pytest.mark.parametrize("quantize", ["int4", "fp8"])
+def test_in_fewer_bits(checkpoint: Path, tmp_path: Path, quantize: str) -> None:
+    """The decoder again: its ONNX folder is verified, and by way of it an engine is built."""
+    ids = np.random.default_rng(0).integers(0, 97, (2, 20))
+    given: dict[str, Any] = {"calibration": {"input_ids": ids}} if quantize == "fp8" else {}
+    options = {"target": "cuda", "form": "stock", "dtype": "bfloat16", "split_embeddings": True, **given}
+    mx.export_onnx(checkpoint, tmp_path / "onnx", quantize={"int4": "int4-weight"}.get(quantize, quantize), **options)
+    report = mx.verify(tmp_path / "onnx", checkpoint)
+    assert report.passed, report.to_markdown()
+    engine = {"target": "rtx-ada", "dtype": "bfloat16", "quantize": quantize, **given}
+    manifest = mx.build_trt(checkpoint, tmp_path / "out", **engine)
+    assert manifest["before"] == ["embed_tokens.onnx"]
 
 
 def test_what_is_refused(exported: Path, checkpoint: Path, tmp_path: Path) -> None:

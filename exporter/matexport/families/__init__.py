@@ -89,7 +89,14 @@ class Family(Protocol):
         """
 
     def build_split(
-        self, plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = 21
+        self,
+        plan: Plan,
+        form: str,
+        *,
+        quantize: str | None = None,
+        dtype: str = "F32",
+        opset: int = 21,
+        ranges: Mapping[str, float] | None = None,
     ) -> dict[str, Graph]:
         """The same in several graphs, each fed with what those before it give: embeddings first; by file name.
 

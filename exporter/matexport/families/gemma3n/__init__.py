@@ -84,11 +84,17 @@ def build_graph(
 
 
 def build_split(
-    plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = OPSETS[0]
+    plan: Plan,
+    form: str,
+    *,
+    quantize: str | None = None,
+    dtype: str = "F32",
+    opset: int = OPSETS[0],
+    ranges: Mapping[str, float] | None = None,
 ) -> dict[str, Graph]:
     from matexport.families.gemma3n.graph import split_graphs
 
-    return split_graphs(plan, form, quantize=quantize, dtype=dtype, opset=opset)
+    return split_graphs(plan, form, quantize=quantize, dtype=dtype, opset=opset, ranges=ranges)
 
 
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

@@ -42,7 +42,7 @@ class Parts:
         dtype: str = "F32", ranges: Mapping[str, float] | None = None,
     ):  # fmt: skip
         self.g = Graph("gemma3n", dtype, opset)
-        self.g.quantize, self.g.ranges = quantize, ranges or {}
+        self.g.quantize, self.g.ranges = quantize, {} if ranges is None else ranges
         self.config: Mapping[str, Any] = text_of(plan.config)
         self.text = read_config(plan.config, "config.json")
         self.tensors, self.elastic = plan.tensors, elastic

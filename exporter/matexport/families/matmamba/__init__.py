@@ -86,7 +86,13 @@ def build_graph(
 
 
 def build_split(
-    plan: Plan, form: str, *, quantize: str | None = None, dtype: str = "F32", opset: int = OPSETS[0]
+    plan: Plan,
+    form: str,
+    *,
+    quantize: str | None = None,
+    dtype: str = "F32",
+    opset: int = OPSETS[0],
+    ranges: Mapping[str, float] | None = None,
 ) -> dict[str, Graph]:
     return {}
 
