@@ -4,8 +4,8 @@ No GPU is used. The source is synthetic: random weights in the released shapes. 
 the oracle by `matexport verify`; then it is built, once for each target, in a process of its own: seconds, and the peak
 memory of the builder's process. Targets of one precision differ little, so one round is enough to see the cost.
 
-    python benchmarks/trt_build.py                     # half an hour, 1 GB of disk
-    python benchmarks/trt_build.py --only float16      # two minutes and a half
+    python benchmarks/trt_build.py                     # a quarter of an hour, 1 GB of disk
+    python benchmarks/trt_build.py --only float16      # two to three minutes
 
 Results: benchmarks/results/trt-build-CPU.json.
 """
