@@ -34,19 +34,21 @@ from matexport.tensorrt.precision import METHODS, NEEDS
 
 LIMITS = {"seconds": 15.0, "peak_mib": 2048}
 RTX = [target.name for target in TARGETS.values() if target.flavour == "TensorRT-RTX"]
-# name -> type of products, and how projections are stored
+# name -> type of products, how projections are stored, and what has the ops
 PRECISIONS = {
-    "float32": ("float32", None), "float16": ("float16", None), "bfloat16": ("bfloat16", None),
-    **{f"float16 {method}": ("float16", method) for method in METHODS},
-}  # fmt: skip
+    **{dtype: (dtype, None, "none") for dtype in ("float32", "float16", "bfloat16")},
+    **{f"float16 {method}": ("float16", method, "none") for method in METHODS},
+    **{f"{dtype}, plugins": (dtype, None, "cuda") for dtype in ("float32", "float16", "bfloat16")},
+}
 
 
 def export(source: Path, folder: Path, name: str) -> dict[str, Any]:
     """Writes the model and compares it with the oracle; returns the errors of its logits."""
-    dtype, quantize = PRECISIONS[name]
+    dtype, quantize, plugin = PRECISIONS[name]
     method = METHODS[quantize] if quantize else None
     ids = np.random.default_rng(0).integers(0, 50277, (4, 64))
-    options: dict[str, Any] = {"target": "cuda", "form": "stock", "dtype": dtype, "quantize": method}
+    form = "stock" if plugin == "none" else "custom"
+    options: dict[str, Any] = {"target": "cuda", "form": form, "dtype": dtype, "quantize": method}
     mx.export_onnx(source, folder, slice="half", calibration={"input_ids": ids} if method == "fp8" else None, **options)
     report = mx.verify(folder, source, inputs={"input_ids": ids[:1, :24]})
     if not report.passed:
@@ -54,8 +56,8 @@ def export(source: Path, folder: Path, name: str) -> dict[str, Any]:
     return {c.kind: float(f"{c.max_rel:.2g}") for c in report.comparisons if c.name == "logits" and c.max_rel}
 
 
-def build(folder: Path, output: Path, target: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", str(folder), str(output), target]
+def build(folder: Path, output: Path, target: str, plugin: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", str(folder), str(output), target, plugin]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{target}: {done.stderr[-3000:]}")
@@ -63,9 +65,9 @@ def build(folder: Path, output: Path, target: str) -> dict[str, Any]:
     return found
 
 
-def child(folder: str, output: str, target: str) -> None:
+def child(folder: str, output: str, target: str, plugin: str) -> None:
     started = time.perf_counter()
-    manifest = mx.build_trt(folder, output, target=target, force=True)
+    manifest = mx.build_trt(folder, output, target=target, plugin=plugin, force=True)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN)  # the builder is this process's only child
     print(json.dumps({
@@ -78,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(PRECISIONS), default=list(PRECISIONS), metavar="PRECISION")
     parser.add_argument("--targets", nargs="*", choices=RTX, default=RTX)
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(*arguments.child)
@@ -99,7 +101,7 @@ def main() -> None:
             for target in arguments.targets:
                 if min(TARGETS[target].capabilities) >= NEEDS.get(quantize or "", 0):
                     say(f"{name}: {target}")
-                    entry["builds"][target] = build(onnx, folder / "engine", target)
+                    entry["builds"][target] = build(onnx, folder / "engine", target, PRECISIONS[name][2])
                     say(f"  {entry['builds'][target]}")
             measuring.write_results(path.name, found)
             shutil.rmtree(onnx)
