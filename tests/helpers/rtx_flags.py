@@ -13,19 +13,11 @@ from typing import Any
 
 import tensorrt_rtx as trt
 
-
-class Log(trt.ILogger):
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.messages: list[str] = []
-
-    def log(self, severity: Any, text: str) -> None:
-        if severity <= trt.ILogger.ERROR:
-            self.messages.append(text.strip())
+from matexport.tensorrt.child import make_log
 
 
 def build(model: bytes, request: dict[str, Any]) -> str | None:
-    log = Log()
+    log = make_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)

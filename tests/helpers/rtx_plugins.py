@@ -14,19 +14,11 @@ from typing import Any
 
 import tensorrt_rtx as trt
 
-
-class Log(trt.ILogger):
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.messages: list[str] = []
-
-    def log(self, severity: Any, text: str) -> None:
-        if severity <= trt.ILogger.ERROR:
-            self.messages.append(text.strip())
+from matexport.tensorrt.child import make_log
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    log = Log()
+    log = make_log(trt)
     registry = trt.get_plugin_registry()
     before = {(c.name, c.plugin_version, c.plugin_namespace) for c in registry.all_creators}
     for library in job["plugins"]:

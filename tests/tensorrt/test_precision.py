@@ -12,6 +12,7 @@ import pytest
 import matexport as mx
 from matexport import engines
 from matexport.errors import InputError, UsageError
+from matexport.parity.comparison import TOLERANCES
 from matexport.targets import TARGETS
 from matexport.tensorrt import build, precision
 from matexport.tensorrt.build import run_builder
@@ -74,6 +75,17 @@ def test_quantised(small: Path, tmp_path: Path, calibration: Path, quantize: str
     manifest = json.loads((tmp_path / "out" / "matexport.json").read_text())
     assert manifest["quantize"] == METHODS[quantize]
     assert STORED[quantize] in manifest["precisions"]
+
+
+@pytest.mark.parametrize(("quantize", "limit"), [("fp8", 0.3), ("int4", TOLERANCES["engine float16"])])
+def test_kits_allow_what_rounding_explains(
+    small: Path, tmp_path: Path, calibration: Path, quantize: str, limit: float
+) -> None:
+    """Of the largest golden value: not what weights in fewer bits lose, which golden values have lost as well."""
+    given = {"calibration": dict(np.load(calibration))} if quantize == "fp8" else {}
+    manifest = mx.build_trt(small, tmp_path / "kit", target="h100", dtype="float16", quantize=quantize, **given)
+    assert manifest["tolerance"] == limit < 0.5
+    assert mx.verify(tmp_path / "kit", small).passed
 
 
 def test_a_quantised_language_model(text: Path, tmp_path: Path) -> None:
