@@ -153,7 +153,7 @@ def plan_engine(
             for value in graph.inputs
         }
         described = {"name": planned.plan.name, "parameters": planned.plan.parameters}
-        found = profiles(inputs, shapes or {}, str(model))
+        found = profiles(inputs, shapes or {}, str(model), chosen.flavour)
     try:
         if chosen.kind == "engine":
             require_builder(chosen)

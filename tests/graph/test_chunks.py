@@ -104,28 +104,26 @@ def test_the_state_before_counts(length: int) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_no_more_chunks_than_sums_are_exact_for(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_no_more_chunks_than_that(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """A length that would need more has longer chunks."""
     monkeypatch.setattr(chunks, "MOST", most)
     g = Graph("any")
-    g.output(chunks.cut_any(g, g.input("length", "I64", [1])).causal, "causal", "F32", [1, 1, 1, 1, "l", "l"])
+    found = chunks.cut_any(g, g.input("length", "I64", [1])).inside
+    g.output(found.after, "after", "F32", [1, 1, 1, "l", "l"])
+    g.output(found.until, "until", "F32", [1, 1, 1, "l", "l"])
     model = ir.to_proto(g.to_model(producer_version="test", metadata={})).SerializeToString()
     for length in (1, 7, 64, 65, 300, 1000):
-        found = in_onnxruntime(model, {"length": np.array([length])})[0]
+        after, until = in_onnxruntime(model, {"length": np.array([length])})
         pieces = chunks.cut(Graph("known"), length)
         assert isinstance(pieces.count, int)
         assert isinstance(pieces.steps, int)
         assert pieces.count <= most
-        assert found.shape == (1, 1, 1, 1, pieces.steps, pieces.steps)  # both ways of cutting agree
-        assert np.array_equal(found, np.triu(np.full_like(found, -np.inf), 1))
+        assert until.shape == (1, 1, 1, pieces.steps, pieces.steps)  # both ways of cutting agree
+        assert np.array_equal(until, np.tril(np.ones_like(until)))
+        assert np.array_equal(after, np.tril(until, -1))
         assert 0 <= pieces.count * pieces.steps - length < pieces.steps
     feeds, A = inputs(200, 4, 2, 3)
     assert off(in_onnxruntime(scan_model(None, 4, 2, 3, 6, A), feeds), reference(feeds, A, 2)) < 1e-5
-
-
-def test_the_sums_that_a_length_can_make_are_exact() -> None:
-    assert -chunks.LOWEST * chunks.MOST <= 2**16  # between chunks
-    assert -chunks.LOWEST * chunks.LENGTH <= 2**16  # inside
 
 
 @pytest.mark.parametrize("length", [20, None])
@@ -139,21 +137,24 @@ def test_the_model_is_one_that_old_runtimes_load(length: int | None) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_split_sums_do_not_cancel() -> None:
-    """Segment sums of steps of -400, where a difference of cumulative sums is off by a hundred times more."""
+def test_decays_do_not_cancel() -> None:
+    """Between weak steps after ones of -400, where differences of cumulative sums are off a thousand times more."""
     v = -np.random.default_rng(0).uniform(0, 400, (1, 64)).astype(np.float32)
+    v[:, 32:] *= 1e-3
     g = Graph("sums")
-    g.output(chunks.segment_sums(g, g.input("v", "F32", [1, 64, 1]), 3)[0], "s", "F32", [1, 64, 64])
+    triangle = chunks.cut(g, 64).inside
+    a = g.input("a", "F32", [1, 1, 1, 64, 1])
+    g.output(chunks.segment_decays(g, a, triangle), "decays", "F32", [1, 1, 1, 64, 64])
     model = ir.to_proto(g.to_model(producer_version="test", metadata={}))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     exact = np.cumsum(v.astype(np.float64), -1)
-    exact = exact[:, :, None] - exact[:, None, :]
-    near = np.tril(np.ones((64, 64), bool)) & (exact[0] > -20)
-    naive = np.cumsum(v, -1, dtype=np.float32)
-    naive_error = np.abs((naive[:, :, None] - naive[:, None, :]) - exact)[0][near].max()
-    error = np.abs(session.run(None, {"v": v[..., None]})[0] - exact)[0][near].max()
-    assert error < 4e-6
-    assert naive_error > 100 * error
+    kept = np.tril(np.ones((64, 64), bool))
+    exact = np.exp(np.where(kept, exact[:, :, None] - exact[:, None, :], 0))[0]
+    sums = np.cumsum(v, -1, dtype=np.float32)
+    naive = np.exp(np.where(kept, sums[:, :, None] - sums[:, None, :], 0))[0]
+    error = np.abs(session.run(None, {"a": v.reshape(1, 1, 1, 64, 1)})[0].squeeze() - exact).max()
+    assert error < 1e-6
+    assert np.abs(naive - exact).max() > 1000 * error
 
 
 @pytest.mark.parametrize("length", [1, 2, 70])

@@ -80,7 +80,7 @@ def test_vision_and_language_for_every_target(plugin: str, small: Path, tmp_path
             assert b"ai.matexport" in files["model.engine"]
             assert manifest["plugins"]["load"] in result.stdout
             if name == "language":
-                assert list(manifest["profiles"]) == ["prefill", "decode"]
+                assert list(manifest["profiles"]) == ["default"]
                 assert manifest["inputs"]["past_key_values.1.recurrent_state"]["shape"] == [-1, 64, 8, 2]
                 assert manifest["outputs"]["present.1.conv_state"] == {"dtype": "float", "shape": [-1, 160, 3]}
                 assert manifest["inputs"]["attention_mask"]["shape"] == [-1, -1]

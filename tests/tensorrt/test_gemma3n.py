@@ -26,14 +26,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_engine(checkpoint: Path, tmp_path: Path) -> None:
-    """TensorRT-RTX builds it: all tokens are those in the cache and the new ones, also where it is fastest."""
+    """TensorRT-RTX builds it, with one profile for prompts and steps: a cache may hold all tokens but one."""
     profiles = mx.build_trt(checkpoint, tmp_path / "rtx", target="rtx-ada")["profiles"]
-    inputs = ("position_ids", "past_key_values.0.key", "attention_mask")
-    best = {name: [profile[i]["opt"] for i in inputs] for name, profile in profiles.items()}
-    assert best == {
-        "prefill": [(1, 128), (1, 2, 0, 16), (1, 128)], "decode": [(1, 1), (1, 2, 127, 16), (1, 128)]
-    }  # fmt: skip
-    assert {profile["past_key_values.0.key"]["min"][2] for profile in profiles.values()} == {0}
+    assert list(profiles) == ["default"]
+    found = {name: profiles["default"][name] for name in ("position_ids", "past_key_values.0.key", "attention_mask")}
+    assert found == {
+        "position_ids": {"min": (1, 1), "opt": (1, 128), "max": (8, 2048)},
+        "past_key_values.0.key": {"min": (1, 2, 0, 16), "opt": (1, 2, 0, 16), "max": (8, 2, 32767, 16)},
+        "attention_mask": {"min": (1, 1), "opt": (1, 128), "max": (8, 32768)},
+    }
 
 
 def test_a_kit(checkpoint: Path, tmp_path: Path, tools: Path) -> None:
@@ -67,7 +68,7 @@ def test_the_decoder_is_built(exported: Path, tmp_path: Path, target: str) -> No
     assert {"model.engine", "embed_tokens.onnx", "embed_tokens.onnx_data"} == manifest["files"].keys()
     caches = {f"past_key_values.{i}.{kind}" for i in range(2) for kind in ("key", "value")}
     assert manifest["inputs"].keys() - caches == {"inputs_embeds", "per_layer_inputs", "attention_mask", "position_ids"}
-    assert list(manifest["profiles"]) == ["prefill", "decode"]
+    assert list(manifest["profiles"]) == ["default"]
 
 
 def test_a_checkpoint_too_and_the_tables_are_outside(checkpoint: Path, tmp_path: Path) -> None:

@@ -41,10 +41,9 @@ def test_prefill_and_decode(small: Path, tmp_path: Path, row: str | None, channe
     assert outputs == {"logits": [-1, -1, 104], **{f"present.{name}": shape for name, shape in states.items()}}
     assert {entry["dtype"] for entry in manifest["outputs"].values()} == {"float"}
     profiles = manifest["profiles"]
-    assert list(profiles) == ["prefill", "decode"]
-    assert profiles["prefill"]["input_ids"] == {"min": [1, 1], "opt": [1, 128], "max": [8, 2048]}
-    assert profiles["decode"]["input_ids"] == {"min": [1, 1], "opt": [1, 1], "max": [8, 1]}
-    assert profiles["decode"]["past_key_values.1.recurrent_state"]["max"] == [8, heads, 8, 2]
+    assert list(profiles) == ["default"]  # of TensorRT-RTX: for prompts and steps
+    assert profiles["default"]["input_ids"] == {"min": [1, 1], "opt": [1, 128], "max": [8, 2048]}
+    assert profiles["default"]["past_key_values.1.recurrent_state"]["max"] == [8, heads, 8, 2]
     engine = (tmp_path / "rtx" / "model.engine").read_bytes()
     assert all(name.encode() in engine for name in [*manifest["inputs"], *outputs])
     assert b"present.2.conv_state" not in engine

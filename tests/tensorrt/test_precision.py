@@ -58,7 +58,7 @@ def test_language_models_in_half_precision(text: Path, tmp_path: Path, dtype: st
     assert manifest["precisions"] == ["float32", dtype]
     states = {name: entry["dtype"] for name, entry in manifest["inputs"].items() if name.startswith("past_")}
     assert set(states.values()) == {"float"}  # whatever products are computed in
-    assert list(manifest["profiles"]) == ["prefill", "decode"]
+    assert list(manifest["profiles"]) == ["default"]
 
 
 @pytest.mark.parametrize(

@@ -14,21 +14,22 @@ TOKENS: dict[str, tuple[int | str, ...]] = {
 
 
 def test_of_images() -> None:
-    assert profiles(IMAGES, {}, "m") == {"default": {"x": ((1, 3, 8), (8, 3, 8), (64, 3, 8))}}
+    assert profiles(IMAGES, {}, "m", "TensorRT") == {"default": {"x": ((1, 3, 8), (8, 3, 8), (64, 3, 8))}}
 
 
 def test_of_tokens() -> None:
-    found = profiles(TOKENS, {}, "m")
+    found = profiles(TOKENS, {}, "m", "TensorRT")
     assert list(found) == ["prefill", "decode"]
     assert found["prefill"] == {
         "ids": ((1, 1), (1, 128), (8, 2048)), "mask": ((1, 1), (1, 128), (8, 32768)),
         "state": ((1, 4, 2), (1, 4, 2), (8, 4, 2)),
     }  # fmt: skip
     assert found["decode"] == {**found["prefill"], "ids": ((1, 1), (1, 1), (8, 1))}
+    assert profiles(TOKENS, {}, "m", "TensorRT-RTX") == {"default": found["prefill"]}
 
 
 def test_a_given_axis_counts_for_all_inputs() -> None:
-    found = profiles(TOKENS, {"ids": ((2, 16), (4, 64), (6, 50000))}, "m")
+    found = profiles(TOKENS, {"ids": ((2, 16), (4, 64), (6, 50000))}, "m", "TensorRT")
     assert found == {
         "default": {  # never one token, so no profile for it
             "ids": ((2, 16), (4, 64), (6, 50000)), "mask": ((2, 16), (4, 64), (6, 50000)),
@@ -40,11 +41,11 @@ def test_a_given_axis_counts_for_all_inputs() -> None:
 def test_of_a_cache() -> None:
     """It holds the tokens that are not new, none at first."""
     inputs: dict[str, tuple[int | str, ...]] = {**TOKENS, "state": ("batch", 4, "past_sequence")}
-    found = profiles(inputs, {}, "m")
+    found = profiles(inputs, {}, "m", "TensorRT")
     assert found["prefill"]["state"] == ((1, 4, 0), (1, 4, 0), (8, 4, 32767))
     assert found["decode"]["state"] == ((1, 4, 0), (1, 4, 127), (8, 4, 32767))
     own: Profile = ((1, 4, 0), (2, 4, 3), (2, 4, 9))
-    assert profiles(inputs, {"state": own}, "m")["decode"]["state"] == own
+    assert profiles(inputs, {"state": own}, "m", "TensorRT")["decode"]["state"] == own
 
 
 @pytest.mark.parametrize(
@@ -61,4 +62,4 @@ def test_of_a_cache() -> None:
 )
 def test_what_does_not_fit(given: dict[str, Profile], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        profiles(TOKENS, given, "m")
+        profiles(TOKENS, given, "m", "TensorRT")

@@ -8,18 +8,25 @@ p head dim. Source: SSD paper (arXiv 2405.21060), section 6 and listing 1.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from matexport.graph.builder import Graph
 
-LENGTH, MOST = 64, 512  # steps of a chunk, while there are not more chunks than that
-LOWEST = -128.0  # of a step's log decay: it is 0 in float32 anyway, and sums of 512 are exact (see `segment_sums`)
+LENGTH, MOST = 64, 512  # steps of a chunk, while there are not more chunks than that: each is compared with each
 
 Size = int | ir.Value  # a Value has shape (1)
+Result = tuple[ir.Value, ir.Value | None]
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """What is summed and what is kept of squares of steps (i, j): float32, 0 or 1, (1, 1, ..., n, n)."""
+
+    after: ir.Value  # j < i
+    until: ir.Value  # j <= i
 
 
 @dataclass(frozen=True)
@@ -27,24 +34,32 @@ class Chunks:
     """How a length is cut, and what depends on that alone: made once for all layers.
 
     Attributes:
-        count, steps: c and l; c is known only if it is a number.
-        tail, pads: the steps that fill the last chunk up, and that for `Pad` of (b, T, m); None if it is full.
-        causal: (1, 1, 1, 1, l, l), what is added to sums: 0 where j <= i, and minus infinity.
-        earlier: (1, 1, 1, c + 1, c + 1), the same.
+        length, count, steps: T, c and l.
+        filled: c l.
+        pads: the steps that fill the last chunk up, for `Pad` of (b, T, m); None if it is full.
+        inside, across: of the steps of a chunk, (1, 1, 1, l, l); of the state before all and the chunks,
+            (1, 1, c + 1, c + 1).
         last: c, the index of the state after all.
         before: 0 to c - 1.
     """
 
     length: Size
-    count: int | None
+    count: Size
     steps: Size
-    tail: Size
+    filled: Size
     pads: ir.Value | None
-    causal: ir.Value
-    earlier: ir.Value
+    inside: Triangle
+    across: Triangle
     last: ir.Value
     before: ir.Value
-    shapes: dict[tuple[int, ...], ir.Value] = field(default_factory=dict)
+    _shapes: dict[tuple[int, ...], ir.Value] = field(default_factory=dict)
+
+    def shaped(self, g: Graph, v: ir.Value, *sizes: Size) -> ir.Value:
+        """A reshaped value; the shape itself is made once."""
+        key = tuple(size if isinstance(size, int) else id(size) for size in sizes)
+        if key not in self._shapes:
+            self._shapes[key] = dims(g, *sizes)
+        return g.op("Reshape", v, self._shapes[key])
 
 
 def cut(g: Graph, length: int) -> Chunks:
@@ -52,13 +67,13 @@ def cut(g: Graph, length: int) -> Chunks:
     count = min(-(-length // LENGTH), MOST)
     steps = min(length, -(-length // (4 * count)) * 4)
     count = -(-length // steps)
-    causal, earlier = (
-        g.constant(np.triu(np.full((*[1] * (rank - 2), n, n), -np.inf), 1), "F32")
-        for rank, n in ((6, steps), (5, count + 1))
+    inside, across = (
+        Triangle(*(g.constant(np.tril(np.ones((*[1] * (rank - 2), n, n)), k), "F32") for k in (-1, 0)))
+        for rank, n in ((5, steps), (4, count + 1))
     )
-    tail = count * steps - length
-    pads = g.constant([0, 0, 0, 0, tail, 0]) if tail else None
-    return Chunks(length, count, steps, tail, pads, causal, earlier, g.constant(count), g.constant(np.arange(count)))
+    filled = count * steps
+    pads = g.constant([0, 0, 0, 0, filled - length, 0]) if filled > length else None
+    return Chunks(length, count, steps, filled, pads, inside, across, g.constant(count), g.constant(np.arange(count)))
 
 
 def cut_any(g: Graph, length: ir.Value) -> Chunks:
@@ -71,132 +86,141 @@ def cut_any(g: Graph, length: ir.Value) -> Chunks:
     count = g.op("Min", ceil(length, i64([LENGTH])), i64([MOST]))
     steps = g.op("Min", length, g.op("Mul", ceil(length, g.op("Mul", count, i64([4]))), i64([4])))
     count = ceil(length, steps)
-    tail = g.op("Sub", g.op("Mul", count, steps), length)
-    pads = g.op("Concat", i64([0] * 4), tail, i64([0]), axis=0)
-    last = g.op("Squeeze", count)
-    causal, earlier = _triangle(g, g.op("Squeeze", steps), 6), _triangle(g, g.op("Add", last, i64(1)), 5)
-    before = g.index(g.op("Range", i64(0), last, i64(1)))
-    return Chunks(length, None, steps, tail, pads, causal, earlier, g.index(last), before)
+    filled = g.op("Mul", count, steps)
+    pads = g.op("Concat", i64([0] * 4), g.op("Sub", filled, length), i64([0]), axis=0)
+    inside, across = _triangle(g, steps, 5), _triangle(g, g.op("Add", count, i64([1])), 4)
+    before, last = g.index(_range(g, count)), g.index(g.op("Squeeze", count))
+    return Chunks(length, count, steps, filled, pads, inside, across, last, before)
 
 
-def _triangle(g: Graph, size: ir.Value, rank: int) -> ir.Value:
-    """(1, ..., size, size), 0 where the column is not after the row, and minus infinity."""
-    i64 = g.constant
-    index = g.op("Range", i64(0), size, i64(1))
-    columns = g.op("Unsqueeze", index, i64([i for i in range(rank) if i != rank - 1]))
-    rows = g.op("Unsqueeze", index, i64([i for i in range(rank) if i != rank - 2]))
-    allowed = g.op("LessOrEqual", columns, rows)
-    return g.op("Where", allowed, g.constant(0.0, "F32"), g.constant(-math.inf, "F32"))
+def _triangle(g: Graph, size: ir.Value, rank: int) -> Triangle:
+    index = _range(g, size)
+    columns, rows = (
+        g.op("Unsqueeze", index, g.constant([i for i in range(rank) if i != axis])) for axis in (rank - 1, rank - 2)
+    )
+    after, until = (
+        g.op("Cast", g.op(compare, columns, rows), to=int(ir.DataType.FLOAT)) for compare in ("Less", "LessOrEqual")
+    )
+    return Triangle(after, until)
 
 
 @dataclass(frozen=True)
 class Filling:
-    """A length filled up to whole chunks, once for all layers: what is added has no effect, whatever it holds.
+    """A sequence cut into chunks before all layers; what fills up the last one is masked.
 
     Attributes:
-        chunks: of the longer length.
-        source: (c l), from where each step is taken.
-        mask: (b, c l), false for what was added too.
-        back: (T), the steps themselves.
+        source: (c, l), from where each step is taken.
+        mask: (b, c, l), false for what was added too.
+        rows: (b, c, l), each step's row of (b * c * l, m): TensorRT builds a Gather faster than a Reshape.
+        back: (b * T), the rows of the steps that were there before.
     """
 
     chunks: Chunks
     source: ir.Value
     mask: ir.Value
+    rows: ir.Value
     back: ir.Value
 
 
-def fill(g: Graph, length: ir.Value, mask: ir.Value) -> Filling:
-    """Of a length (1) with its mask (b, T), which are known when the model runs."""
-    i64, chunks = g.constant, cut_any(g, length)
-    steps = g.op("Range", i64(0), g.op("Squeeze", g.op("Add", length, _value(g, chunks.tail))), i64(1))
-    source = g.op("Min", steps, g.op("Sub", length, i64([1])))
-    filled = g.op("And", g.op("Gather", mask, source, axis=1), g.op("Less", steps, length))
-    back = g.index(g.op("Range", i64(0), g.op("Squeeze", length), i64(1)))
-    return Filling(replace(chunks, pads=None), g.index(source), filled, back)
+def fill(g: Graph, batch: ir.Value, length: ir.Value, mask: ir.Value) -> Filling:
+    """Of a batch (1) and a length (1) with its mask (b, T), which are known when the model runs."""
+    i64, cut = g.constant, cut_any(g, length)
+
+    def scaled(count: Size, by: Size, *axes: int) -> ir.Value:  # 0, by, 2 by, ..., and axes of 1 after it
+        return g.op("Unsqueeze", g.op("Mul", _range(g, count), _value(g, by)), i64(axes))
+
+    step = g.op("Add", scaled(cut.count, cut.steps, 1), _range(g, cut.steps))  # (c, l)
+    source = g.index(g.op("Min", step, g.op("Sub", length, i64([1]))))
+    filled = g.op("And", g.op("Gather", mask, source, axis=1), g.op("Less", step, length))
+    rows = g.op("Add", scaled(batch, cut.filled, 1, 2), step)
+    back = g.op("Reshape", g.op("Add", scaled(batch, cut.filled, 1), _range(g, length)), i64([-1]))
+    return Filling(cut, source, filled, g.index(rows), g.index(back))
 
 
-def segment_sums(g: Graph, v: ir.Value, rank: int) -> tuple[ir.Value, ir.Value]:
-    """Of v (..., k, 1): s_ij = v_j+1 + ... + v_i for j <= i, (..., k, k), and v_0 + ... + v_i.
+def segment_decays(g: Graph, a: ir.Value, triangle: Triangle) -> ir.Value:
+    """exp(a_j+1 + ... + a_i), and 1 for j >= i: of a (..., n, 1) -> (..., n, n).
 
-    A difference of two cumulative sums would cancel: its error grows with the sums, not with s_ij. So v
-    is split into a multiple of 1/256, whose sums are exact in fp32 up to 2^16, and a small rest.
+    Each sum is taken by itself: a difference of two cumulative sums would cancel, with an error that grows with them
+    and not with what is left.
     """
-    grid, swapped = g.constant(256.0, "F32"), [*range(rank - 2), rank - 1, rank - 2]
-    coarse = g.op("Div", g.op("Round", g.op("Mul", v, grid)), grid)
-    sums = [g.op("CumSum", part, g.constant(-2)) for part in (coarse, g.op("Sub", v, coarse))]
-    segments = (g.op("Sub", part, g.op("Transpose", part, perm=swapped)) for part in sums)
-    return g.op("Add", *segments), g.op("Add", *sums)
+    return g.op("Exp", g.op("CumSum", g.op("Mul", a, triangle.after), g.constant(-2)))
 
 
 def linear_attention(
     g: Graph, chunks: Chunks, query: ir.Value, key: ir.Value, value: ir.Value, decay: ir.Value, past: ir.Value | None,
     *, heads: Size, groups: Size, state: Size, head_dim: Size,
-) -> tuple[ir.Value, ir.Value | None]:  # fmt: skip
-    """The recurrence: query and key are (b, T, g * n), value (b, T, h * p) or (b, T, h, p).
+) -> Result:  # fmt: skip
+    """`chunked_attention` of steps that are not in chunks yet: (b, T, ...) in place of (b, c, l, ...)."""
+
+    def chunked(v: ir.Value, *sizes: Size) -> ir.Value:
+        if chunks.pads is not None:  # steps with a = 0 and k v^T = 0 at the end change nothing
+            v = g.op("Pad", v, chunks.pads)
+        return chunks.shaped(g, v, 0, chunks.count, chunks.steps, *sizes)
+
+    if chunks.pads is not None:
+        value = g.op("Reshape", value, g.constant([0, 0, -1]))
+    y, final = chunked_attention(
+        g, chunks, chunked(query, -1), chunked(key, -1), chunked(value, heads, head_dim), chunked(decay, heads), past,
+        heads=heads, groups=groups, state=state, head_dim=head_dim,
+    )  # fmt: skip
+    y = chunks.shaped(g, y, 0, chunks.filled, heads, head_dim)
+    if chunks.pads is not None:
+        y = g.op("Slice", y, g.constant([0]), dims(g, chunks.length), g.constant([1]))
+    return y, final
+
+
+def chunked_attention(
+    g: Graph, chunks: Chunks, query: ir.Value, key: ir.Value, value: ir.Value, decay: ir.Value, past: ir.Value | None,
+    *, heads: Size, groups: Size, state: Size, head_dim: Size,
+) -> Result:  # fmt: skip
+    """The recurrence: query and key are (b, c, l, g * n), value (b, c, l, h, p).
 
     Args:
-        decay: a (b, T, h), at most 0.
+        decay: a (b, c, l, h), at most 0.
         past: the state before, (b, h, n, p); None for zeros.
     Returns:
-        y (b, T, h, p), and the state after (b, h, n, p), or None if there was none before.
+        y (b, c, l, h, p), and the state after (b, h, n, p), or None if there was none before.
     """
-    i64 = g.constant
-    l = chunks.steps
     if isinstance(heads, int) and isinstance(groups, int):
         each: Size = heads // groups
     else:
         each = g.op("Div", heads, groups)  # type: ignore[arg-type]
+    batch = 0 if groups == 1 else -1  # as it is, or times g: an axis less, and TensorRT builds faster
 
-    def shaped(v: ir.Value, *sizes: Size) -> ir.Value:
-        key = tuple(size if isinstance(size, int) else id(size) for size in sizes)
-        if key not in chunks.shapes:
-            chunks.shapes[key] = dims(g, *sizes)
-        return g.op("Reshape", v, chunks.shapes[key])
+    def by_head(v: ir.Value, each: Size, size: Size) -> ir.Value:  # (b, c, l, g r, size) -> b*g r c l size
+        v = g.op("Transpose", v, perm=[0, 3, 1, 2, 4])
+        return chunks.shaped(g, v, batch, each, chunks.count, chunks.steps, size) if batch else v
 
-    def filled(v: ir.Value) -> ir.Value:  # steps with a = 0 and k v^T = 0 at the end change nothing
-        return v if chunks.pads is None else g.op("Pad", v, chunks.pads)
+    Q, K = (by_head(chunks.shaped(g, v, 0, 0, 0, groups, state), 1, state) for v in (query, key))
+    V, a = by_head(value, each, head_dim), by_head(g.op("Unsqueeze", decay, g.constant([4])), each, 1)
 
-    def chunked(v: ir.Value, rows: Size, each: Size, size: Size) -> ir.Value:  # (b, T, rows * size) -> b g r c l size
-        v = filled(v)
-        if not (isinstance(rows, int) and rows == 1):
-            v = g.op("Transpose", shaped(v, 0, -1, rows, size), perm=[0, 2, 1, 3])
-        return shaped(v, 0, groups, each, -1, l, size)
-
-    Q, K = (chunked(v, groups, 1, state) for v in (query, key))
-    V = chunked(shaped(value, 0, 0, -1) if chunks.pads else value, heads, each, head_dim)
-    a = g.op("Max", decay, g.constant(LOWEST, "F32"))
-    a = shaped(g.op("Transpose", filled(a), perm=[0, 2, 1]), 0, groups, each, -1, l, 1)  # b g r c l 1
-
-    # inside each chunk: sum over j <= i of (q_i . k_j) exp(a_j+1 + ... + a_i) v_j; masked before exp
-    Kt = g.op("Transpose", K, perm=[0, 1, 2, 3, 5, 4])  # b g 1 c n l
-    sums, so_far = segment_sums(g, a, 6)
-    y = g.op("MatMul", g.op("Mul", g.op("MatMul", Q, Kt), g.op("Exp", g.op("Add", sums, chunks.causal))), V)
+    # inside each chunk: sum over j <= i of (q_i . k_j) exp(a_j+1 + ... + a_i) v_j
+    Kt = g.op("Transpose", K, perm=[0, 1, 2, 4, 3])  # b*g 1 c n l
+    scores = g.op("Mul", g.op("MatMul", Q, Kt), chunks.inside.until)
+    y = g.op("MatMul", g.op("Mul", scores, segment_decays(g, a, chunks.inside)), V)
 
     final = None
     if past is not None or chunks.count != 1:
         # what each chunk adds to the state by its end
-        to_end = g.op("Exp", g.op("CumSum", a, i64(-2), exclusive=1, reverse=1))
-        added = shaped(g.op("MatMul", Kt, g.op("Mul", V, to_end)), 0, 0, 0, 0, -1)  # b g r c (n p)
+        to_end = g.op("Exp", g.op("CumSum", a, g.constant(-2), exclusive=1, reverse=1))
+        added = chunks.shaped(g, g.op("MatMul", Kt, g.op("Mul", V, to_end)), 0, 0, 0, -1)  # b*g r c (n p)
         # the state before chunk i: the one before all, and sum over j < i of what chunk j added, decayed in between
-        total = g.op("Pad", g.op("ReduceSum", a, i64([4]), keepdims=0), i64([0, 0, 0, 1, 0, 0, 0, 0, 0, 0]))
-        sums, _ = segment_sums(g, g.op("Max", total, g.constant(LOWEST, "F32")), 5)
-        between = g.op("Exp", g.op("Add", sums, chunks.earlier))  # b g r c+1 c+1
+        whole = g.op("Pad", g.op("ReduceSum", a, g.constant([3]), keepdims=0), g.constant([0, 0, 1, 0, 0, 0, 0, 0]))
+        between = g.op("Mul", segment_decays(g, whole, chunks.across), chunks.across.until)  # b*g r c+1 c+1
         if past is None:
-            columns = g.op("Slice", between, i64([1]), i64([1 << 60]), i64([4]))
-            before = g.op("MatMul", g.op("Gather", columns, chunks.before, axis=3), added)
+            columns = g.op("Slice", between, g.constant([1]), g.constant([1 << 60]), g.constant([3]))
+            before = g.op("MatMul", g.op("Gather", columns, chunks.before, axis=2), added)
         else:
-            added = g.op("Concat", shaped(past, 0, groups, each, 1, -1), added, axis=3)
-            states = g.op("MatMul", between, added)
-            before = g.op("Gather", states, chunks.before, axis=3)
-            final = shaped(g.op("Gather", states, chunks.last, axis=3), 0, heads, state, head_dim)
-        before = shaped(before, 0, 0, 0, 0, state, head_dim)
-        y = g.op("Add", y, g.op("Mul", g.op("MatMul", Q, before), g.op("Exp", so_far)))
-
-    y = g.op("Transpose", shaped(y, 0, heads, -1, head_dim), perm=[0, 2, 1, 3])
-    if chunks.pads is not None:
-        y = g.op("Slice", y, i64([0]), dims(g, chunks.length), i64([1]))
-    return y, final
+            past = chunks.shaped(g, past, batch, each, 1, _product(g, state, head_dim))
+            states = g.op("MatMul", between, g.op("Concat", past, added, axis=2))
+            before = g.op("Gather", states, chunks.before, axis=2)
+            final = chunks.shaped(g, g.op("Gather", states, chunks.last, axis=2), batch, heads, state, head_dim)
+        before = chunks.shaped(g, before, 0, 0, 0, state, head_dim)
+        so_far = g.op("Exp", g.op("CumSum", a, g.constant(-2)))
+        y = g.op("Add", y, g.op("Mul", g.op("MatMul", Q, before), so_far))
+    if batch:
+        y = chunks.shaped(g, y, batch, heads, chunks.count, chunks.steps, head_dim)
+    return g.op("Transpose", y, perm=[0, 2, 3, 1, 4]), final
 
 
 def dims(g: Graph, *sizes: Size) -> ir.Value:
@@ -204,6 +228,15 @@ def dims(g: Graph, *sizes: Size) -> ir.Value:
     if all(isinstance(size, int) for size in sizes):
         return g.constant(sizes)
     return g.op("Concat", *(_value(g, size) for size in sizes), axis=0)
+
+
+def _range(g: Graph, size: Size) -> ir.Value:
+    """0 to size - 1."""
+    return g.op("Range", g.constant(0), g.op("Squeeze", _value(g, size)), g.constant(1))
+
+
+def _product(g: Graph, a: Size, b: Size) -> Size:
+    return a * b if isinstance(a, int) and isinstance(b, int) else g.op("Mul", _value(g, a), _value(g, b))
 
 
 def _value(g: Graph, size: Size) -> ir.Value:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import onnx_ir as ir
 
 from matexport.graph.builder import Body, Graph
-from matexport.graph.chunks import Chunks, cut_any, linear_attention
+from matexport.graph.chunks import Chunks, Filling, Result, chunked_attention, cut_any, dims, linear_attention
 from matexport.graph.mamba2 import silu, softplus
 
 OURS, CONTRIB = "ai.matexport", "com.microsoft"
@@ -27,16 +27,16 @@ FORMS = ("custom", "contrib", "stock")
 LANES = 32  # ONNX Runtime's LinearAttention is fast for head dims that are multiples of this
 
 Pair = tuple[ir.Value, ir.Value]
-Result = tuple[ir.Value, ir.Value | None]
+Attention = Callable[..., Result]
 
 
 # --------------------------------------------------------------------------------------- convolution
 @dataclass(frozen=True)
 class Taps:
-    """Which inputs a convolution takes, as rows of (b * (k - 1 + T), m), each state before its steps.
+    """Which inputs a convolution takes: rows of (b * (k - 1) + b * T, m), all states and then all steps.
 
     Attributes:
-        rows: (k, b, T), those of the oldest tap first.
+        rows: (b, T, k), or (b, c, l, k), the oldest tap first.
         final: (b, k - 1), those of the new state.
     """
 
@@ -44,46 +44,39 @@ class Taps:
     final: ir.Value
 
 
-def taps(
-    g: Graph, batch: ir.Value, length: ir.Value, mask: ir.Value | None, *, kernel: int, source: ir.Value | None = None
-) -> Taps:
-    """For sizes (1), once for all layers. Masked steps are sorted before the state: real steps see real predecessors.
+def taps(g: Graph, batch: ir.Value, length: ir.Value, mask: ir.Value | None, *, kernel: int) -> Taps:
+    """For sizes (1) and a mask (b, T), once for all layers.
 
-    Args:
-        source: (n), of which steps there are outputs; by default of all, in order.
+    Masked steps are sorted before the state, so that real ones see their real predecessors.
     """
     i64, tail = g.constant, kernel - 1
-    rows = g.op("Add", length, i64([tail]))
-    first = g.op("Mul", g.op("Range", i64(0), g.op("Squeeze", batch), i64(1)), rows)
-    first = g.op("Unsqueeze", first, i64([1]))  # of each state, (b, 1)
+    real = g.op("Expand", g.constant(True, "BOOL"), g.op("Concat", batch, i64([tail]), axis=0))
     if mask is None:
-        every = g.op("Range", i64(0), g.op("Squeeze", rows), i64(1))
-        place = g.op("Slice", every, i64([0]), length, i64([0])) if source is None else source
-        taken = [g.op("Add", place, i64(j)) for j in range(kernel)]
-        final = g.op("Add", first, g.op("Slice", every, length, rows, i64([0])))
-        return Taps(_rows(g, first, taken), g.index(final))
-    before = g.op("Expand", g.constant(True, "BOOL"), g.op("Concat", batch, i64([tail]), axis=0))
-    real = g.op("Concat", before, mask, axis=1)  # (b, k - 1 + T)
-    counted = g.op("Cast", real, to=int(ir.DataType.INT64))
+        mask = g.op("Expand", g.constant(True, "BOOL"), g.op("Concat", batch, length, axis=0))
+    counted = g.op("Cast", g.op("Concat", real, mask, axis=1), to=int(ir.DataType.INT64))  # (b, k - 1 + T)
     masked = g.op("Sub", i64(1), counted)
     among_real = g.op("Add", g.op("CumSum", counted, i64(1)), g.op("ReduceSum", masked, i64([1]), keepdims=1))
-    target = g.op("Where", real, among_real, g.op("CumSum", masked, i64(1)))
+    target = g.op("Where", g.op("Equal", counted, i64(1)), among_real, g.op("CumSum", masked, i64(1)))
     target = g.op("Sub", target, i64(1))  # where each step goes
-    index = g.op("Expand", g.op("Range", i64(0), g.op("Squeeze", rows), i64(1)), g.op("Shape", target))
-    order = g.op("ScatterElements", index, target, index, axis=1)
-    place = g.op("Slice", target, i64([tail]), rows, i64([1]))
+    index = g.op("Range", i64(0), g.op("Squeeze", g.op("Add", length, i64([tail]))), i64(1))
+    sequence = g.op("Unsqueeze", g.op("Range", i64(0), g.op("Squeeze", batch), i64(1)), i64([1]))
+    state = g.op("Mul", sequence, i64([tail]))
+    step = g.op("Add", g.op("Mul", sequence, length), g.op("Mul", g.op("Sub", batch, i64([1])), i64([tail])))
+    row = g.op("Add", index, g.op("Where", g.op("Less", index, i64([tail])), state, step))
+    order = g.op("ScatterElements", row, target, row, axis=1)
+    place = g.op("Slice", target, i64([tail]), i64([1 << 60]), i64([1]))
     place = g.op("Max", g.op("Sub", place, i64(tail)), i64(0))  # of what each step's oldest tap reads
-    if source is not None:
-        place = g.op("Gather", place, source, axis=1)
     taken = [g.op("GatherElements", order, g.op("Add", place, i64(j)), axis=1) for j in range(kernel)]
-    final = g.op("Add", first, g.op("Slice", order, length, rows, i64([1])))
-    return Taps(_rows(g, first, taken), g.index(final))
+    rows = g.op("Concat", *(g.op("Unsqueeze", one, i64([2])) for one in taken), axis=2)
+    final = g.op("Slice", order, length, i64([1 << 60]), i64([1]))
+    return Taps(g.index(rows), g.index(final))
 
 
-def _rows(g: Graph, first: ir.Value, taken: list[ir.Value]) -> ir.Value:
-    """Indices in each sequence, a list over taps, as rows of all of them."""
-    each = (g.op("Unsqueeze", g.op("Add", first, one), g.constant([0])) for one in taken)
-    return g.index(g.op("Concat", *each, axis=0))
+def taps_in_chunks(g: Graph, batch: ir.Value, filling: Filling, *, kernel: int) -> Taps:
+    """The same where a sequence is cut into chunks."""
+    cut = filling.chunks
+    found = taps(g, batch, dims(g, cut.filled), cut.shaped(g, filling.mask, 0, cut.filled), kernel=kernel)
+    return replace(found, rows=cut.shaped(g, found.rows, 0, cut.count, cut.steps, kernel))
 
 
 def causal_conv1d(
@@ -92,7 +85,8 @@ def causal_conv1d(
 ) -> Pair:  # fmt: skip
     """x (b, T, m), weight (m, 1, k), bias (m), state (b, m, k - 1), mask (b, T) -> y (b, T, m) and the new state.
 
-    Forms in standard operators need `taps`, in which the mask already is.
+    Forms in standard operators need `taps`, in which the mask already is; they take x as rows (b * T, m) too, and
+    give y (b, c, l, m) if steps are in chunks.
     """
     if form == "custom":
         y, final = g.ops("CausalConv1d", x, weight, bias, state, mask, domain=OURS, outputs=2)
@@ -103,16 +97,16 @@ def causal_conv1d(
 
 def _conv(g: Graph, x: ir.Value, weight: ir.Value, bias: ir.Value, state: ir.Value, taps: Taps) -> Pair:
     """In standard operators."""
-    rows = g.op("Concat", g.op("Transpose", state, perm=[0, 2, 1]), x, axis=1)
+    states = g.op("Transpose", state, perm=[0, 2, 1])
     channels = weight.shape[0] if weight.shape else None
     if isinstance(channels, int):  # simpler for TensorRT
-        rows = g.op("Reshape", rows, g.constant([-1, channels]))
+        rows = [g.op("Reshape", v, g.constant([-1, channels])) for v in (states, x)]
     else:
-        rows = g.op("Flatten", rows, axis=2)
-    weights = g.op("Unsqueeze", g.op("Transpose", weight, perm=[2, 1, 0]), g.constant([1]))  # (k, 1, 1, m)
-    products = g.op("Mul", g.op("Gather", rows, taps.rows), weights)
-    y = g.op("Add", g.op("ReduceSum", products, g.constant([0]), keepdims=0), bias)
-    final = g.op("Transpose", g.op("Gather", rows, taps.final), perm=[0, 2, 1])
+        rows = [g.op("Flatten", v, axis=2) for v in (states, x)]
+    every = g.op("Concat", *rows, axis=0)
+    products = g.op("Mul", g.op("Gather", every, taps.rows), g.op("Transpose", weight, perm=[1, 2, 0]))
+    y = g.op("Add", g.op("ReduceSum", products, g.constant([-2]), keepdims=0), bias)
+    final = g.op("Transpose", g.op("Gather", every, taps.final), perm=[0, 2, 1])
     return silu(g, y), final
 
 
@@ -121,12 +115,16 @@ def mamba2_scan(
     g: Graph, form: str, x: ir.Value, dt_raw: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value,
     dt_bias: ir.Value, past: ir.Value | None, mask: ir.Value | None,
     *, heads: int, head_dim: int, groups: int, state: int, dt_limit: tuple[float, float], chunks: Chunks | None,
+    filled: bool = False,
 ) -> Result:  # fmt: skip
     """x (b, T, h * p), dt_raw (b, T, h), A, D, dt_bias (h), B, C (b, T, g * n), past (b, h, n, p), mask (b, T)
     -> y (b, T, h * p) and the new state.
 
     Form `stock` needs `chunks`, and there `past` may be None: zeros; then so is the new state. Forms in standard
     operators take the mask as `numbers` gives it.
+
+    Args:
+        filled: whether steps are in chunks already: (b, c, l, ...) in place of (b, T, ...).
     """
     values = (x, dt_raw, A, B, C, D, dt_bias, past, mask)
     if form == "custom":
@@ -135,40 +133,40 @@ def mamba2_scan(
             options["dt_limit"] = list(dt_limit)
         y, final = g.ops("Mamba2Scan", *values, domain=OURS, outputs=2, **options)
         return y, final
-    by_head = g.constant([0, 0, heads, head_dim])
-    if form == "contrib":
-        contrib = partial(_contrib_attention, heads=heads, groups=groups)
-        return _scan(g, *values, by_head=by_head, dt_limit=dt_limit, attention=contrib)
-    assert chunks is not None
-    stock = partial(linear_attention, chunks=chunks, heads=heads, groups=groups, state=state, head_dim=head_dim)
-    return _scan(g, *values, by_head=by_head, dt_limit=dt_limit, attention=stock)
+    steps = [0, 0, 0] if filled else [0, 0]
+    by_head, flat = g.constant([*steps, heads, head_dim]), g.constant([*steps, -1])
+    attention: Attention = partial(_contrib_attention, heads=heads, groups=groups)
+    if form == "stock":
+        assert chunks is not None
+        stock = chunked_attention if filled else linear_attention
+        attention = partial(stock, chunks=chunks, heads=heads, groups=groups, state=state, head_dim=head_dim)
+    return _scan(g, *values, by_head=by_head, flat=flat, dt_limit=dt_limit, attention=attention)
 
 
 def numbers(g: Graph, mask: ir.Value) -> ir.Value:
     """(b, T) as 0 and 1, (b, T, 1)."""
-    return g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.FLOAT)), g.constant([2]))
+    return g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.FLOAT)), g.constant([-1]))
 
 
 def _scan(
     g: Graph, x: ir.Value, dt_raw: ir.Value, A: ir.Value, B: ir.Value, C: ir.Value, D: ir.Value,
     dt_bias: ir.Value, past: ir.Value | None, mask: ir.Value | None,
-    *, by_head: ir.Value, dt_limit: tuple[float, float], attention: Callable[..., Result],
+    *, by_head: ir.Value, flat: ir.Value, dt_limit: tuple[float, float], attention: Attention,
 ) -> Result:  # fmt: skip
     """As a linear attention: C is its query, B its key, dt x its value, dt A its decay.
 
     Args:
-        by_head: the shape (b, T, h, p).
+        by_head, flat: the shapes (b, T, h, p) and (b, T, h * p).
         attention: query, key, value (b, T, h, p), decay, past -> (b, T, h, p) and the new state.
     """
-    i64 = g.constant
     dt = softplus(g, dt_raw, dt_bias, dt_limit)
     if mask is not None:  # a step of dt = 0 changes nothing
         dt = g.op("Mul", dt, mask)
-    x4 = g.op("Reshape", x, by_head)
-    value = g.op("Mul", x4, g.op("Unsqueeze", dt, i64([3])))
+    x = g.op("Reshape", x, by_head)
+    value = g.op("Mul", x, g.op("Unsqueeze", dt, g.constant([-1])))
     y, final = attention(g, query=C, key=B, value=value, decay=g.op("Mul", dt, A), past=past)
-    y = g.op("Add", y, g.op("Mul", x4, g.op("Unsqueeze", D, i64([1]))))
-    return g.op("Reshape", y, i64([0, 0, -1])), final
+    y = g.op("Add", y, g.op("Mul", x, g.op("Unsqueeze", D, g.constant([1]))))
+    return g.op("Reshape", y, flat), final
 
 
 def _contrib_attention(
@@ -224,8 +222,8 @@ def functions(form: str, *, kernel: int, masked: bool, dt_limit: tuple[float, fl
         by_head = body.op(
             "Concat", body.constant([0, 0]), body.op("Shape", body.inputs[2]), body.constant([-1]), axis=0
         )
-        contrib = partial(_contrib_attention, heads=kv, groups=q)
-        pair = _scan(body, *arguments, by_head=by_head, dt_limit=dt_limit, attention=contrib)  # type: ignore[arg-type]
+        contrib, flat = partial(_contrib_attention, heads=kv, groups=q), body.constant([0, 0, -1])
+        pair = _scan(body, *arguments, by_head=by_head, flat=flat, dt_limit=dt_limit, attention=contrib)  # type: ignore[arg-type]
         _named(body, pair, ("y", "final_state"))
         found.append(body.to_function(OURS, {"groups": None, "heads": None, "dt_limit": [0.0, math.inf]}))
     return found

@@ -16,16 +16,19 @@ PAST = "past_sequence"  # the axis of a cache
 
 
 def profiles(
-    inputs: Mapping[str, tuple[int | str, ...]], given: Mapping[str, Profile], where: str
+    inputs: Mapping[str, tuple[int | str, ...]], given: Mapping[str, Profile], where: str, flavour: str
 ) -> dict[str, dict[str, Profile]]:
     """The profiles of an engine, by name and input, in the engine's order.
 
-    A model over tokens that takes one as well as many gets two: `prefill` for any length and `decode` for one new
-    token. Others get one, `default`. Inputs share their dynamic axes: what is given for one input counts for all.
+    TensorRT tunes kernels for the best shapes of a profile, so a model over tokens that takes one as well as many gets
+    two: `prefill` for any length and `decode` for one new token. Others get one, `default`; so does every model of
+    TensorRT-RTX, which compiles kernels for the shapes that it meets when it runs. Inputs share their dynamic axes:
+    what is given for one input counts for all.
 
     Args:
         inputs: the shape of each; dynamic axes are names.
         given: a user's shapes of some inputs.
+        flavour: of TensorRT: see `matexport.targets.FLAVOURS`.
 
     Raises:
         InputError: shapes that do not fit the inputs, or each other.
@@ -41,7 +44,7 @@ def profiles(
                 what = f"total_sequence {every} is shorter than sequence {new}, which it includes"
                 raise InputError(what, where=where, fix="give larger shapes of attention_mask")
     found = {"default": axes}
-    if "sequence" in axes and axes["sequence"][0] == 1 < axes["sequence"][2]:
+    if flavour == "TensorRT" and "sequence" in axes and axes["sequence"][0] == 1 < axes["sequence"][2]:
         found = {"prefill": axes, "decode": {**axes, "sequence": (1, 1, 1)}}
     if PAST in axes and PAST not in own:  # a cache of the tokens before the new ones
         found = {name: {**sizes, PAST: _past(sizes)} for name, sizes in found.items()}

@@ -94,7 +94,7 @@ def open_source(onnx: Path, target: Target, shapes: Mapping[str, Profile], plugi
         file = onnx / last
         beside = tuple(name for name in manifest["files"] if name.startswith(tuple(others))) if others else ()
     found, precisions = _read(file)
-    return Source(onnx, file, beside, manifest, found, precisions, profiles(found, shapes, str(onnx)))
+    return Source(onnx, file, beside, manifest, found, precisions, profiles(found, shapes, str(onnx), target.flavour))
 
 
 def _read(file: Path) -> tuple[dict[str, tuple[int | str, ...]], tuple[str, ...]]:

@@ -51,7 +51,7 @@ class Blocks:
         self.rms_norm: bool = plan.config.get("rms_norm", prefix != "")
         self.kernel = self.tensors[f"{prefix}layers.0.mixer.conv1d.weight"].shape[2]
         g.functions = stateful.functions(form, kernel=self.kernel, masked=mask is not None, dt_limit=self.dt_limit)
-        self.mask, self.known = mask, isinstance(length, int)
+        self.mask = mask
         size = g.constant([length]) if isinstance(length, int) else length
         self.steps = g.op("Concat", batch, size, axis=0)
         self._shapes: dict[int, ir.Value] = {}
@@ -63,13 +63,14 @@ class Blocks:
         elif form == "stock":
             assert mask is not None
             with g.scope("chunks"):
-                self.filling = chunks.fill(g, size, mask)
-            self.chunks, self.mask = self.filling.chunks, self.filling.mask
-        if form != "custom" and not (form == "stock" and self.known):
+                self.filling = chunks.fill(g, batch, size, mask)
+                self.chunks, self.mask = self.filling.chunks, stateful.numbers(g, self.filling.mask)
             with g.scope("taps"):
-                source = self.filling.source if self.filling else None
-                self.taps = stateful.taps(g, batch, size, mask, kernel=self.kernel, source=source)
-                self.mask = None if self.mask is None else stateful.numbers(g, self.mask)
+                self.taps = stateful.taps_in_chunks(g, batch, self.filling, kernel=self.kernel)
+        elif form == "contrib":
+            with g.scope("taps"):
+                self.taps = stateful.taps(g, batch, size, mask, kernel=self.kernel)
+                self.mask = None if mask is None else stateful.numbers(g, mask)
 
     def weight(self, name: str) -> ir.Value:
         return self.g.weight(name, self.tensors[name], dtype="F32")
@@ -86,7 +87,7 @@ class Blocks:
     def linear(
         self, x: ir.Value, *weights: tuple[str, PlannedTensor], quantize: bool = True, last: bool = False
     ) -> list[ir.Value]:
-        """x (b, T, k) times each weight (n, k), as checkpoints store them or quantised -> (b, T, n).
+        """x (b, T, k) times each weight (n, k), as checkpoints store them or quantised -> (b, T, n); of rows rows.
 
         Args:
             last: x is that of the last step, (b, 1, k).
@@ -94,17 +95,19 @@ class Blocks:
         g = self.g
         if self.quantize and quantize and self.quantize not in TYPED:
             return quantized.linear(g, x, weights, self.quantize)
-        flat = g.op("Reshape", x, g.constant([-1, weights[0][1].shape[1]]))
+        flat = x if self.filling else g.op("Reshape", x, g.constant([-1, weights[0][1].shape[1]]))
         g.products |= {name: flat for name, _ in weights}
         if self.quantize and quantize:
             found = quantized.linear(g, flat, weights, self.quantize)
         else:
             narrow = g.to_dtype(flat)
             found = [g.to_float32(g.op("Gemm", narrow, g.weight(*weight), transB=1)) for weight in weights]
+        if self.filling:
+            return found
         products = [(y, tensor.shape[0]) for y, (_, tensor) in zip(found, weights, strict=True)]
-        return [g.op("Unsqueeze", y, g.constant([1])) if last else self._by_step(y, n) for y, n in products]
+        return [g.op("Unsqueeze", y, g.constant([1])) if last else self.by_step(y, n) for y, n in products]
 
-    def _by_step(self, y: ir.Value, n: int) -> ir.Value:
+    def by_step(self, y: ir.Value, n: int) -> ir.Value:
         """(b * T, n) -> (b, T, n)."""
         if n not in self._shapes:
             self._shapes[n] = self.g.op("Concat", self.steps, self.g.constant([n]), axis=0)
@@ -138,7 +141,8 @@ class Blocks:
         *,
         last_only: bool = False,
     ) -> tuple[ir.Value, States | None]:
-        """u (b, T, d) -> (b, T, d), and the states after it; from zeros where none are given.
+        """u (b, T, d) -> (b, T, d), and the states after it; from zeros where none are given. Where the sequence is
+        filled up to chunks, u is their rows, (b * c * l, d).
 
         With `last_only` (and no states) -> (b, 1, d), the last step alone, for which the gate and the projection out
         are computed at that step only, and no state is.
@@ -163,6 +167,7 @@ class Blocks:
         else:
             x, B, C = g.ops("Split", xbc, g.constant([w, gn, gn]), axis=-1, outputs=3)
         with g.scope("scan"):
+            dt = g.op("Gather", dt, self.filling.rows) if self.filling else dt
             A = g.op("Neg", g.op("Exp", self.weight(f"{name}.A_log")))
             D, dt_bias = self.weight(f"{name}.D"), self.weight(f"{name}.dt_bias")
             sizes = {"heads": heads, "head_dim": w // heads, "groups": groups, "state": gn // groups}
@@ -170,20 +175,19 @@ class Blocks:
                 dt = mamba2.softplus(g, dt, dt_bias, self.dt_limit)
                 y = mamba2.last_output(g, x, dt, A, B, self.last(C), D, **sizes)
             else:
-                filling = self.filling
-                dt = g.op("Gather", dt, filling.source, axis=1) if filling else dt
                 y, scan_state = stateful.mamba2_scan(
                     g, self.form, x, dt, A, B, C, D, dt_bias, states.scan if states else None, self.mask,
-                    **sizes, dt_limit=self.dt_limit, chunks=self.chunks,
+                    **sizes, dt_limit=self.dt_limit, chunks=self.chunks, filled=self.filling is not None,
                 )  # fmt: skip
-                y = g.op("Gather", y, filling.back, axis=1) if filling else y
+                y = g.op("Reshape", y, g.constant([-1, w])) if self.filling else y
         with g.scope("norm"):  # gate first; the mean is over the width in use, each group by itself
             y = g.op("Mul", y, mamba2.silu(g, z))
+            steps = [0] if self.filling else [0, 0]
             if groups > 1:
-                y = g.op("Reshape", y, g.constant([0, 0, groups, w // groups]))
+                y = g.op("Reshape", y, g.constant([*steps, groups, w // groups]))
             y = self._rms(y, 1e-5)
             if groups > 1:
-                y = g.op("Reshape", y, g.constant([0, 0, w]))
+                y = g.op("Reshape", y, g.constant([*steps, w]))
             y = g.op("Mul", y, self.weight(f"{name}.norm.weight"))
         out = f"{name}.out_proj.weight"
         if self.elastic:
