@@ -4,8 +4,8 @@ No GPU is used. The source is synthetic: random weights in the released shapes. 
 the oracle by `matexport verify`; then it is built, once for each target, in a process of its own: seconds, and the peak
 memory of the builder's process. Targets of one precision differ little, so one round is enough to see the cost.
 
-    python benchmarks/trt_build.py                     # a quarter of an hour, 1 GB of disk
-    python benchmarks/trt_build.py --only float16      # two to three minutes
+    python benchmarks/trt_build.py                     # seven minutes, 1 GB of disk
+    python benchmarks/trt_build.py --only float16      # a minute
 
 Results: benchmarks/results/trt-build-CPU.json.
 """
@@ -91,7 +91,7 @@ def main() -> None:
         folder = Path(temporary)
         source = make_source(folder, "130M", "BF16")
         found |= {
-            "model": "MatMamba-LM 130M, half of its heads; profiles prefill and decode", "limits": LIMITS,
+            "model": "MatMamba-LM 130M, half of its heads; prompts and steps in one profile", "limits": LIMITS,
             "machine": measuring.machine(folder), "versions": measuring.versions("tensorrt-rtx", "onnx", "numpy"),
         }  # fmt: skip
         for name in arguments.only:
