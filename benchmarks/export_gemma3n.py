@@ -10,7 +10,7 @@ The checkpoints are synthetic: random bf16 of sensible sizes in the released nam
   for models of one FFN width without sparse or sharing layers and soft cap, which it has not. Its graphs for the
   provider `cpu` are right only if no layer has a window.
 
-Everything is verified first. Speeds are taken in turns, each model in a process of its own.
+Everything is verified first. Speeds are taken in turns, each model in a process of its own, which each round opens again.
 
     pip install --target RIVALS --no-deps mobius-onnx onnxscript onnx-shape-inference
     python benchmarks/export_gemma3n.py --rivals RIVALS --keep FOLDER      # 36 GB of disk, a quarter of an hour
@@ -291,14 +291,18 @@ def timed(folder: Path, source: Path, names: list[str], runs: int, *, capped: bo
         graph = onnx.load(model, load_external_data=False).graph
         counts = Counter(node.domain for node in graph.node if node.op_type != "Constant")
         nodes[name] = {"nodes": sum(counts.values()), "contrib": counts["com.microsoft"]}
-    models = [folder / name / "model.onnx" for name in names]
-    rates = measure(models, lengths=[128], batches=[], rounds=runs, threads=2, progress=measuring.say)
+    ratios: dict[str, dict[str, list[float]]] = {other: {} for other in names[1:]}
+    for k in range(runs):  # opened again each time: one process may be luckier than another in where its memory lies
+        measuring.say(f"speeds: round {k + 1} of {runs}")
+        turned = [*names[k % len(names) :], *names[: k % len(names)]]
+        found = measure([folder / n / "model.onnx" for n in turned], lengths=[128], batches=[], rounds=2, threads=2)
+        rates = {name: measured["rates"] for name, measured in zip(turned, found, strict=True)}
+        for other, kinds in ratios.items():
+            for what, theirs in rates[other].items():
+                own = rates[names[0]][what]
+                kinds.setdefault(what, []).extend(a / b for a, b in zip(own, theirs, strict=True))
     speeds = {
-        other: {
-            what: measuring.spread([a / b for a, b in zip(rates[0]["rates"][what], theirs, strict=True)])
-            for what, theirs in measured["rates"].items()
-        }
-        for other, measured in zip(names[1:], rates[1:], strict=True)
+        other: {what: measuring.spread(values) for what, values in kinds.items()} for other, kinds in ratios.items()
     }
     return {"error_of_transformers": errors, "graph": nodes, "speed_of_ours_over": speeds}
 

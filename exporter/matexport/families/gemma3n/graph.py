@@ -127,7 +127,8 @@ class _Decoder:
             stack, active = self._predicted(stack, active, name)
         x = p.norm(active, f"{name}.input_layernorm")
         with g.scope("laurel"):
-            y = p.linear(p.linear(x, f"{name}.laurel.linear_left"), f"{name}.laurel.linear_right")
+            y = p.linear(x, f"{name}.laurel.linear_left", before=True)
+            y = p.linear(y, f"{name}.laurel.linear_right")
             laurel = g.op("Add", x, p.norm(y, f"{name}.laurel.post_laurel_norm"))
         with g.scope("self_attn"):
             attended = self.attention(i, x)
@@ -181,7 +182,9 @@ class _Decoder:
         if sparsity > 0:  # what lies above mean + k deviations, k the quantile of that share
             with g.scope("sparsity"):
                 gate = g.op("Sub", gate, g.op("ReduceMean", gate, g.constant([-1]), keepdims=1))
-                cutoff = p.scaled(p.magnitude(gate), NormalDist().inv_cdf(sparsity))
+                width = p.tensors[f"{p.prefix}{name}.gate_proj.weight"].shape[0]
+                length = g.op("ReduceL2", gate, g.constant([-1]), keepdims=1)
+                cutoff = p.scaled(length, NormalDist().inv_cdf(sparsity) / math.sqrt(width))
                 gate = g.op("Relu", g.op("Sub", gate, cutoff))
         gate = g.op("Gelu", gate, approximate="tanh")
         return p.linear(g.op("Mul", gate, p.linear(x, f"{name}.up_proj")), f"{name}.down_proj", inner=True)

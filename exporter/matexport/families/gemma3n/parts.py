@@ -69,8 +69,8 @@ class Parts:
     def weight(self, name: str) -> ir.Value:
         return self.g.weight(self.prefix + name, self.tensors[self.prefix + name], dtype=self.wide)
 
-    def linear(self, x: ir.Value, name: str, *, inner: bool = False) -> ir.Value:
-        """x W^T for x (N, k) and a weight (n, k); `inner`: one whose columns are nested."""
+    def linear(self, x: ir.Value, name: str, *, inner: bool = False, before: bool = False) -> ir.Value:
+        """x W^T for x (N, k) and a weight (n, k); `inner`: one whose columns are nested; `before`: another product."""
         g, full = self.g, f"{self.prefix}{name}.weight"
         tensor = self.tensors[full]
         g.products[full] = x
@@ -80,7 +80,8 @@ class Parts:
                 return quantized.linear(g, wide, [(full, tensor)], g.quantize)[0]
             if inner and self.elastic:
                 return self.widened(g.op("MatMul", self.narrowed(x), g.weight(full, tensor, transposed=True)))
-            return self.widened(g.op("Gemm", self.narrowed(x), g.weight(full, tensor), transB=1))
+            y = g.op("Gemm", self.narrowed(x), g.weight(full, tensor), transB=1)
+            return self.is_narrow(y) if before else self.widened(y)
 
     def small(self, x: ir.Value, name: str, *, factor: float = 1.0, bias: ir.Value | None = None) -> ir.Value:
         """factor * x W^T + bias for one of AltUp's matrices of a few rows, which always are float32."""
