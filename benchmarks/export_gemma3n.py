@@ -10,7 +10,7 @@ The checkpoints are synthetic: random bf16 of sensible sizes in the released nam
   for models of one FFN width without sparse or sharing layers and soft cap, which it has not. Its graphs for the
   provider `cpu` are right only if no layer has a window.
 
-Everything is verified first. Speeds are taken in turns, each model in a process of its own, which each round opens again.
+Everything is verified first. Speeds are taken in turns, each model in a process of its own that each round opens anew.
 
     pip install --target RIVALS --no-deps mobius-onnx onnxscript onnx-shape-inference
     python benchmarks/export_gemma3n.py --rivals RIVALS --keep FOLDER      # 36 GB of disk, a quarter of an hour
