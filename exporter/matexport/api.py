@@ -15,7 +15,7 @@ from matexport.families.inputs import checked_inputs
 from matexport.families.rows import WHOLE
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
-from matexport.targets import require_method, target_named
+from matexport.targets import GraphOptions, require_method, target_named
 from matexport.tensors import dtype_named
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint
@@ -200,15 +200,16 @@ def export_onnx(
     exported, computed = stored_as(planned.plan, chosen, dtype)
     family = planned.family
     opset = opset or (23 if quantize == "nvfp4" else None)  # the first that has e2m1
-    options: dict[str, Any] = {"quantize": quantize, "dtype": computed, "opset": opset_of(family, opset)}
+    ranges: Mapping[str, float] = {}
     if quantize in CALIBRATED:
         samples = family.sample_inputs(planned.checkpoint.config, 1, 0)
         inputs = checked_inputs(calibration or {}, samples, "--calibration")
-        options["ranges"] = measure_ranges(planned.checkpoint, planned.plan, family, inputs)
-    graphs = family.build_split(exported, chosen.form, **options) if split_embeddings or chosen.split else {}
+        ranges = measure_ranges(planned.checkpoint, planned.plan, family, inputs)
+    options = GraphOptions(chosen.form, computed, opset_of(family, opset), quantize=quantize, ranges=ranges)
+    graphs = family.build_split(exported, options) if split_embeddings or chosen.split else {}
     if split_embeddings and not graphs:
         raise UsageError(f"{family.NAME} has no embeddings to split off", fix="leave out --split-embeddings")
-    written = graphs or family.build_graph(exported, chosen.form, **options)
+    written = graphs or family.build_graph(exported, options)
     write_onnx(planned.checkpoint, exported, written, Path(output), target=chosen, force=force, progress=progress)
 
 
@@ -227,7 +228,7 @@ def export_in_place(
         what = f"target {target!r} stores weights in its own type"
         raise UsageError(what, fix="leave out --in-place, or use --target cpu")
     planned = model if isinstance(model, PlannedSlice) else plan(model)
-    graph = planned.family.build_graph(planned.plan, chosen.form)
+    graph = planned.family.build_graph(planned.plan, GraphOptions(chosen.form))
     return write_in_place(planned.checkpoint, planned.plan, graph, target=chosen, force=force)
 
 
@@ -256,7 +257,9 @@ def export_bundle(
         raise UsageError("the rows of a bundle are of one checkpoint", fix="plan all of them from the same model")
     plans = [stored_as(each.plan, chosen, dtype) for each in planned]
     family, checkpoint = planned[0].family, planned[0].checkpoint
-    rows = [(one, family.build_graph(one, chosen.form, elastic=True, dtype=computed)) for one, computed in plans]
+    rows = [
+        (one, family.build_graph(one, GraphOptions(chosen.form, computed, elastic=True))) for one, computed in plans
+    ]
     return write_bundle(checkpoint, rows, Path(output), target=chosen, force=force, progress=progress)
 
 

@@ -14,7 +14,7 @@ from matexport.graph.builder import Graph
 from matexport.onnx import write_onnx
 from matexport.planning import Plan
 from matexport.runtimes.ort import open_onnx
-from matexport.targets import target_named
+from matexport.targets import GraphOptions, target_named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ def measure_ranges(
     import numpy as np
 
     target = target_named("cpu", "onnx")
-    graph = family.build_graph(plan.cast("F32"), target.form)
+    graph = family.build_graph(plan.cast("F32"), GraphOptions(target.form))
     names = list(graph.products)
     if not names:
         raise UsageError(f"{family.NAME} cannot be calibrated", fix="use --quantize int8-weight or int4-weight")

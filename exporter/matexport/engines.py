@@ -13,7 +13,7 @@ from matexport.api import StrPath, export_onnx, plan
 from matexport.errors import InputError, MissingError, UsageError
 from matexport.manifest import describe_slice, manifest_path, read_manifest
 from matexport.slice_table import Table
-from matexport.targets import require_method, target_named
+from matexport.targets import GraphOptions, require_method, target_named
 from matexport.tensorrt import (
     CAPABILITIES,
     Profile,
@@ -94,7 +94,9 @@ def build_trt(
         return build(path, Path(output))
     planned, form = plan(model, slice, table=table), "stock" if plugin == "none" else "custom"
     # large tables stay outside of an engine
-    split = chosen.kind == "engine" and plugin == "none" and bool(planned.family.build_split(planned.plan, "stock"))
+    split = (
+        chosen.kind == "engine" and plugin == "none" and bool(planned.family.build_split(planned.plan, GraphOptions()))
+    )
     export: Callable[..., None]
     if method or (dtype_named(dtype) or "F32") != "F32":
         typed: dict[str, Any] = {"dtype": dtype or "float32", "quantize": method, "calibration": calibration}
@@ -145,9 +147,9 @@ def plan_engine(
         described, found = source.manifest["slice"], source.profiles
     else:
         planned = plan(model, slice, table=table)
-        form = "stock" if plugin == "none" else "custom"
-        split = planned.family.build_split(planned.plan, form) if chosen.kind == "engine" else {}
-        graph = [*split.values()][-1] if split else planned.family.build_graph(planned.plan, form)
+        options = GraphOptions("stock" if plugin == "none" else "custom")
+        split = planned.family.build_split(planned.plan, options) if chosen.kind == "engine" else {}
+        graph = [*split.values()][-1] if split else planned.family.build_graph(planned.plan, options)
         inputs = {
             str(value.name): tuple(n if isinstance(n, int) else str(n) for n in value.shape or ())
             for value in graph.inputs
@@ -209,7 +211,9 @@ def emit_ptx(
         planned = plan(model, slice, table=table)
         cast = planned.plan.cast("F32")
         described, source = describe_slice(cast, planned.checkpoint), planned.checkpoint.path
-        loaded = onnx.load_from_string(model_without_weights(cast, planned.family.build_graph(cast, "custom")))
+        loaded = onnx.load_from_string(
+            model_without_weights(cast, planned.family.build_graph(cast, GraphOptions("custom")))
+        )
     fused_model(loaded)
     return write_ptx(
         loaded, Path(output), capabilities=capabilities, described=described, where=str(model), force=force,

@@ -24,6 +24,7 @@ from matexport.families.gemma3n.config import TextConfig
 from matexport.parity.comparison import TOLERANCES
 from matexport.slice_table import Row
 from matexport.streaming import read
+from matexport.targets import GraphOptions
 
 ROWS = {
     "widths": Row("widths", ffn=Dims(head=(64, 32, 16, 64, 8, 64, 32, 64, 16, 64))),
@@ -96,7 +97,7 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
 def in_float64(source: Path, row: Row, tokens: np.ndarray, **options: Any) -> np.ndarray:
     """Logits of the graph in float64, by ONNX's reference evaluator."""
     planned = mx.plan(source, row)
-    graph = gemma_graph.decoder_graph(planned.plan.cast("F64"), dtype="F64", **options)
+    graph = gemma_graph.decoder_graph(planned.plan.cast("F64"), GraphOptions(dtype="F64", **options))
     for name, weight in graph.weights.items():
         array = read(planned.checkpoint, weight.tensor.view).astype(np.float64)
         weight.value.const_value = ir.tensor(array, name=name)

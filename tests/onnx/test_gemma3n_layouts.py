@@ -23,6 +23,7 @@ from matexport.manifest import read_manifest
 from matexport.onnx import export
 from matexport.onnx.weights import lay_out, stored_blocks
 from matexport.slice_table import Row
+from matexport.targets import GraphOptions
 from support import matexport
 
 EMBED, DECODER = "embed_tokens", "decoder_model_merged"
@@ -158,7 +159,7 @@ def rows_of(checkpoint: Checkpoint) -> np.ndarray:
 def store(planned: mx.PlannedSlice, folder: Path, *, split: bool, quantize: str | None) -> list[Path]:
     """Writes what an export writes, but for the zeros of its tables: those are holes."""
     build = planned.family.build_split if split else planned.family.build_graph
-    graphs: Any = build(planned.plan, "contrib", quantize=quantize)
+    graphs: Any = build(planned.plan, GraphOptions("contrib", quantize=quantize))
     files = []
     for name, graph in graphs.items() if split else [("model", graphs)]:
         layout, data = lay_out([graph]), folder / f"{name}.onnx_data"

@@ -20,7 +20,7 @@ from matexport.graph.stateful import FORMS
 from matexport.onnx.export import slug
 from matexport.runtimes.ort import load_onnx
 from matexport.slice_table import Row
-from matexport.targets import TARGETS
+from matexport.targets import TARGETS, GraphOptions
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing()),
@@ -55,7 +55,7 @@ def close(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def states(planned: mx.PlannedSlice, batch: int) -> Arrays:
-    graph = planned.family.build_graph(planned.plan, "stock")
+    graph = planned.family.build_graph(planned.plan, GraphOptions())
     shapes = {str(value.name): tuple(value.shape or ())[1:] for value in graph.inputs[2:]}
     return {name: np.zeros((batch, *shape), np.float32) for name, shape in shapes.items()}
 

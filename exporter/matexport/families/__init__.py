@@ -17,6 +17,7 @@ from matexport.errors import CheckpointError, UsageError
 from matexport.families.loaders import Verdict
 from matexport.planning import KeptLayer, Plan
 from matexport.slice_table import Row, Table, read_table
+from matexport.targets import GraphOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,34 +71,10 @@ class Family(Protocol):
     def repair(self, checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
         """The checkpoint without that damage; `row` is what it was cut with. Raises CheckpointError, UsageError."""
 
-    def build_graph(
-        self,
-        plan: Plan,
-        form: str,
-        *,
-        elastic: bool = False,
-        quantize: str | None = None,
-        dtype: str = "F32",
-        opset: int = 21,
-        ranges: Mapping[str, float] | None = None,
-    ) -> Graph:
-        """The ONNX graph of a planned slice; `form` is how its own ops appear (see `matexport.targets`).
+    def build_graph(self, plan: Plan, options: GraphOptions) -> Graph:
+        """The ONNX graph of a planned slice."""
 
-        With `elastic`, every weight of a narrower slice is a range of the bytes of the wider one's; `quantize` is how
-        matrices are stored (see `matexport.graph.encoding`), `dtype` what products are computed in. With `fp8` the
-        `ranges` are those of what matrices are multiplied with (see `Graph`).
-        """
-
-    def build_split(
-        self,
-        plan: Plan,
-        form: str,
-        *,
-        quantize: str | None = None,
-        dtype: str = "F32",
-        opset: int = 21,
-        ranges: Mapping[str, float] | None = None,
-    ) -> dict[str, Graph]:
+    def build_split(self, plan: Plan, options: GraphOptions) -> dict[str, Graph]:
         """The same in several graphs, each fed with what those before it give: embeddings first; by file name.
 
         Empty for a family whose embeddings are no large part of it.

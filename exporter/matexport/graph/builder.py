@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from matexport.graph.encoding import Encoding
 from matexport.planning import PlannedTensor
+from matexport.targets import GraphOptions
 from matexport.tensors import FLOATS, numpy_dtype
 
-OPSET = 21  # the newest that onnxruntime 1.20 loads
 IR_VERSIONS = {21: 10, 23: 11}  # 23: onnxruntime 1.23
 
 DTYPES = {
@@ -78,16 +78,12 @@ class Weight:
 class Graph:
     """An ONNX graph that is being written down. Values are onnx-ir's; nothing here holds a weight.
 
-    Names follow `/scope/scope/Op`; the outputs of a node are named after it. Products are computed in `dtype`. If that
-    is float32, weights are stored as they are planned, and cast where they are first used; if it has fewer bits,
-    weights are stored in the type in which they are used.
+    Names follow `/scope/scope/Op`; the outputs of a node are named after it.
     """
 
-    def __init__(self, name: str, dtype: str = "F32", opset: int = OPSET):
-        self.name, self.dtype, self.opset = name, dtype, opset
-        self.quantize: str | None = None  # how its matrices are stored: see `matexport.graph.encoding`
-        self.ranges: Mapping[str, float] = {}  # the largest magnitude of what each of them is multiplied with
-        self.products: dict[str, ir.Value] = {}  # what that is, where matrices are not quantised
+    def __init__(self, name: str, options: GraphOptions | None = None):
+        self.name, self.options = name, options or GraphOptions()
+        self.products: dict[str, ir.Value] = {}  # what each matrix is multiplied with, where none is quantised
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
@@ -97,6 +93,11 @@ class Graph:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._scope: list[str] = []
         self._used: Counter[str] = Counter()
+
+    @property
+    def dtype(self) -> str:
+        """What products are computed in."""
+        return self.options.dtype
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -217,7 +218,7 @@ class Graph:
 
     def _imports(self) -> dict[str, int]:
         domains = [node.domain for node in self.nodes] + [name for f in self.functions for name in f.opset_imports]
-        return {"": self.opset, **{name: 1 for name in domains if name}}
+        return {"": self.options.opset, **{name: 1 for name in domains if name}}
 
     def to_model(self, *, producer_version: str, metadata: dict[str, str]) -> ir.Model:
         """The finished model; the weights' tensors are to be set by whoever stores them."""
@@ -233,7 +234,7 @@ class Graph:
         return ir.Model(
             graph,
             functions=self.functions,
-            ir_version=IR_VERSIONS[self.opset],
+            ir_version=IR_VERSIONS[self.options.opset],
             producer_name="matexport",
             producer_version=producer_version,
             metadata_props=metadata,

@@ -54,7 +54,7 @@ def _typed(g: Graph, x: ir.Value, name: str, tensor: PlannedTensor, method: str)
     blocks: dict[str, Any] = {"block_size": BLOCKS[method]} if method in BLOCKS else {}
     weight = g.op("DequantizeLinear", stored["codes"], scales, axis=1 if blocks else 0, **blocks)
     if method in CALIBRATED:
-        scale = g.constant(max(g.ranges[name], 1e-3) / FP8_MAX, g.dtype)
+        scale = g.constant(max(g.options.ranges[name], 1e-3) / FP8_MAX, g.dtype)
         zero = g.constant(0.0, "F8")
         x = g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero)
     return g.op("Gemm", x, weight, transB=1)

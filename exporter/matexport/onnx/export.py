@@ -17,14 +17,14 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, UsageError
-from matexport.graph.builder import DTYPES, OPSET, Graph, Weight
+from matexport.graph.builder import DTYPES, Graph, Weight
 from matexport.manifest import BUNDLE, FILE, describe_slice, describe_source, json_bytes, manifest_bytes
 from matexport.onnx.genai import genai_files
 from matexport.onnx.web import rename_states, web_config
 from matexport.onnx.weights import Layout, lay_out, split, weight_blocks
 from matexport.planning import Plan, whole
 from matexport.staging import check_space, staged_folder
-from matexport.targets import Target
+from matexport.targets import OPSET, Target
 from matexport.tensors import FLOATS
 from matexport.version import __version__
 from matexport.writer import COMPANIONS, Files, Progress, companions, write_blocks
@@ -255,9 +255,9 @@ def _manifest(
         "target": target.name,
         "form": target.form,
         **({"dtype": FLOATS[graph.dtype]} if graph.dtype != "F32" else {}),
-        **({"ranges": dict(graph.ranges)} if graph.ranges else {}),
-        **({"opset": graph.opset} if graph.opset != OPSET else {}),
-        **({"quantize": graph.quantize} if graph.quantize else {}),
+        **({"ranges": dict(graph.options.ranges)} if graph.options.ranges else {}),
+        **({"opset": graph.options.opset} if graph.options.opset != OPSET else {}),
+        **({"quantize": graph.options.quantize} if graph.options.quantize else {}),
         **({"graphs": {file: list(one.weights) for file, one in graphs.items()}} if others else {}),
         "weights": weights,
         "files": dict(sorted(written.items())),

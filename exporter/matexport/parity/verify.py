@@ -28,7 +28,7 @@ from matexport.parity.stored import stored_source
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.runtimes.tensorrt import require_engine
 from matexport.slice_table import FFN, Row
-from matexport.targets import Target, target_named
+from matexport.targets import GraphOptions, Target, target_named
 from matexport.tensors import FLOATS
 from matexport.version import __version__
 
@@ -298,7 +298,8 @@ def _weight_bytes(subject: Subject) -> tuple[int, int] | None:
     """Bytes of a quantised artefact's weights, and of the same in float32; None for others."""
     if subject.manifest.get("quantize") is None:
         return None
-    plain = subject.family.build_graph(subject.plan.cast("F32"), str(subject.manifest.get("form")))
+    options = GraphOptions(str(subject.manifest.get("form")))
+    plain = subject.family.build_graph(subject.plan.cast("F32"), options)
     sizes = [sum(weight.nbytes for weight in graph.weights.values()) for graph in (_quantised(subject), plain)]
     return sizes[0], sizes[1]
 
@@ -309,9 +310,9 @@ def _quantised(subject: Subject) -> Graph:
     method, dtype = manifest.get("quantize"), _computed(manifest)
     if method not in METHODS or dtype is None:
         raise InputError("manifest cannot be read", where=where, fix="write the artefact again")
-    options: dict[str, Any] = {"ranges": defaultdict(lambda: 1.0)} if method in CALIBRATED else {}
-    form = str(manifest.get("form"))
-    return subject.family.build_graph(subject.plan, form, quantize=method, dtype=dtype, **options)
+    any_range = defaultdict[str, float](lambda: 1.0)
+    options = GraphOptions(str(manifest.get("form")), dtype, quantize=method, ranges=any_range)
+    return subject.family.build_graph(subject.plan, options)
 
 
 def _computed(manifest: Mapping[str, Any]) -> str | None:
@@ -334,13 +335,11 @@ def _planned_graphs(subject: Subject, target: Target) -> dict[str, Graph]:
     computed = _computed(manifest)
     if not (quantize is None or quantize in METHODS) or opset not in family.OPSETS or computed is None:
         raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
-    options: dict[str, Any] = {"quantize": quantize, "opset": opset, "dtype": computed}
-    if quantize in CALIBRATED:
-        options["ranges"] = _ranges(manifest, str(subject.artefact))
+    ranges = _ranges(manifest, str(subject.artefact)) if quantize in CALIBRATED else {}
+    options = GraphOptions(target.form, computed, opset, manifest.get("elastic") is True, quantize, ranges)
     if "graphs" not in manifest or subject.artefact.is_file():
-        elastic = manifest.get("elastic") is True
-        return {"model.onnx": family.build_graph(subject.plan, target.form, elastic=elastic, **options)}
-    graphs = family.build_split(subject.plan, target.form, **options)
+        return {"model.onnx": family.build_graph(subject.plan, options)}
+    graphs = family.build_split(subject.plan, options)
     if not graphs:
         raise InputError("manifest cannot be read", where=str(subject.artefact), fix="write the artefact again")
     return {f"{name}.onnx": graph for name, graph in graphs.items()}

@@ -15,6 +15,7 @@ from matexport.families.gemma3n.repair import repair
 from matexport.families.loaders import Verdict
 from matexport.planning import KeptLayer, Plan
 from matexport.slice_table import FFN
+from matexport.targets import GraphOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,33 +69,16 @@ def damage(checkpoint: Checkpoint) -> tuple[str, ...]:
     return faults(checkpoint.config)
 
 
-def build_graph(
-    plan: Plan,
-    form: str,
-    *,
-    elastic: bool = False,
-    quantize: str | None = None,
-    dtype: str = "F32",
-    opset: int = OPSETS[0],
-    ranges: Mapping[str, float] | None = None,
-) -> Graph:
+def build_graph(plan: Plan, options: GraphOptions) -> Graph:
     from matexport.families.gemma3n.graph import decoder_graph
 
-    return decoder_graph(plan, form, elastic=elastic, quantize=quantize, dtype=dtype, opset=opset, ranges=ranges)
+    return decoder_graph(plan, options)
 
 
-def build_split(
-    plan: Plan,
-    form: str,
-    *,
-    quantize: str | None = None,
-    dtype: str = "F32",
-    opset: int = OPSETS[0],
-    ranges: Mapping[str, float] | None = None,
-) -> dict[str, Graph]:
+def build_split(plan: Plan, options: GraphOptions) -> dict[str, Graph]:
     from matexport.families.gemma3n.graph import split_graphs
 
-    return split_graphs(plan, form, quantize=quantize, dtype=dtype, opset=opset, ranges=ranges)
+    return split_graphs(plan, options)
 
 
 def sample_inputs(config: dict[str, Any], count: int, seed: int) -> dict[str, np.ndarray]:

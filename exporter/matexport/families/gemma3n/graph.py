@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,20 +18,18 @@ from matexport.families.gemma3n.layout import PER_LAYER_PROJECTION
 from matexport.families.gemma3n.parts import Parts
 from matexport.graph.builder import Graph
 from matexport.planning import Plan
+from matexport.targets import GraphOptions
 
 EMBED, DECODER = "embed_tokens", "decoder_model_merged"  # the field's names for the two graphs of a split model
 
 
-def decoder_graph(plan: Plan, form: str = "stock", **options: Any) -> Graph:
+def decoder_graph(plan: Plan, options: GraphOptions) -> Graph:
     """`input_ids`, `position_ids` (b, T), `attention_mask` (b, S), `past_key_values.N.*` -> `logits`, `present.N.*`.
 
     Keys and values are those of the layers that have their own: (b, heads, S, head_dim), rotated. The mask covers all
     tokens so far, and padding may stand anywhere. Sliding layers keep all of theirs, and mask what is out of sight.
-
-    Args:
-        options: see `Parts`.
     """
-    p = Parts(plan, form, **options)
+    p = Parts(plan, options)
     ids = p.g.input("input_ids", "I64", ["batch", "sequence"])
     with p.g.scope("model"):
         embeds, own = embed(p, ids)
@@ -40,12 +37,12 @@ def decoder_graph(plan: Plan, form: str = "stock", **options: Any) -> Graph:
     return p.g
 
 
-def split_graphs(plan: Plan, form: str = "stock", **options: Any) -> dict[str, Graph]:
+def split_graphs(plan: Plan, options: GraphOptions) -> dict[str, Graph]:
     """The same in two: `input_ids` -> `inputs_embeds` (b, T, h) and `per_layer_inputs` (b, T, n, p); on from there.
 
     Only the first one has the per-layer table. Embeddings of other kinds, of images say, can take the place of rows.
     """
-    first, second = Parts(plan, form, **options), Parts(plan, form, **options)
+    first, second = Parts(plan, options), Parts(plan, options)
     text, tokens = first.text, ["batch", "sequence"]
     shapes: dict[str, list[int | str]] = {
         "inputs_embeds": [*tokens, text.hidden],

@@ -14,9 +14,10 @@ import onnx_ir as ir
 from matexport.families.gemma3n.config import read_config, text_of
 from matexport.families.gemma3n.layout import EMBEDDING, HEAD, INNER, PER_LAYER_PROJECTION, PER_LAYER_TABLE, TEXT
 from matexport.graph import quantized
-from matexport.graph.builder import DTYPES, OPSET, Graph
+from matexport.graph.builder import DTYPES, Graph
 from matexport.graph.encoding import BLOCK, TYPED
 from matexport.planning import Plan, PlannedTensor, View
+from matexport.targets import GraphOptions
 
 FUSED = 23  # the opset from which on ai.onnx has a node each for RMSNorm, rotary embedding and attention
 
@@ -28,31 +29,26 @@ class Parts:
     stack and its small matrices, norms, rotary angles, softmax, logits. (With F64 all is float64.)
 
     Args:
-        form: "stock" has ai.onnx operators alone; the others take ONNX Runtime's own where that saves nodes.
-        opset: from 23 on, ai.onnx has what saves most of them.
-        elastic: every weight of a narrower slice is a range of the bytes of the wider one's. A slice that skips layers
-            has the per-layer tensors of all.
+        options: of the forms, "stock" has ai.onnx operators alone; the others take ONNX Runtime's own where that saves
+            nodes, and from opset 23 on ai.onnx has what saves most of them. An elastic slice that skips layers has the
+            per-layer tensors of all.
 
     Attributes:
         stored: how many layers the per-layer tensors are of, and `used` which of these the plan has.
     """
 
-    def __init__(
-        self, plan: Plan, form: str, *, opset: int = OPSET, elastic: bool = False, quantize: str | None = None,
-        dtype: str = "F32", ranges: Mapping[str, float] | None = None,
-    ):  # fmt: skip
-        self.g = Graph("gemma3n", dtype, opset)
-        self.g.quantize, self.g.ranges = quantize, {} if ranges is None else ranges
+    def __init__(self, plan: Plan, options: GraphOptions):
+        self.g = Graph("gemma3n", options)
         self.config: Mapping[str, Any] = text_of(plan.config)
         self.text = read_config(plan.config, "config.json")
-        self.tensors, self.elastic = plan.tensors, elastic
-        self.fused, self.contrib = opset >= FUSED, form != "stock" and opset < FUSED
-        self.wide = "F64" if dtype == "F64" else "F32"  # what all between products is computed in
+        self.tensors, self.elastic, self.quantize = plan.tensors, options.elastic, options.quantize
+        self.fused, self.contrib = options.opset >= FUSED, options.form != "stock" and options.opset < FUSED
+        self.wide = "F64" if options.dtype == "F64" else "F32"  # what all between products is computed in
         self.prefix = INNER if INNER + EMBEDDING in plan.tensors else TEXT
         self._narrowed: dict[ir.Value, ir.Value] = {}
         self.epsilon = float(self.config.get("rms_norm_eps", 1e-6))
         self.stored, self.used = self.text.layers, list(range(self.text.layers))
-        if elastic:
+        if self.elastic:
             self._store_all_layers([layer.source for layer in plan.layers])
 
     # -------------------------------------------------------------------------------------- weights
@@ -75,9 +71,9 @@ class Parts:
         tensor = self.tensors[full]
         g.products[full] = x
         with g.scope(name.rpartition(".")[2]):
-            if g.quantize and min(tensor.shape) >= BLOCK:
+            if self.quantize and min(tensor.shape) >= BLOCK:
                 wide = self.widened(x) if self._narrowed.get(x) is x else x
-                return quantized.linear(g, wide, [(full, tensor)], g.quantize)[0]
+                return quantized.linear(g, wide, [(full, tensor)], self.quantize)[0]
             if inner and self.elastic:
                 return self.widened(g.op("MatMul", self.narrowed(x), g.weight(full, tensor, transposed=True)))
             y = g.op("Gemm", self.narrowed(x), g.weight(full, tensor), transB=1)
@@ -92,9 +88,9 @@ class Parts:
     def rows(self, ids: ir.Value, name: str) -> ir.Value:
         """Rows of a table, which is never cast or copied whole."""
         g, tensor = self.g, self.tensors[self.prefix + name]
-        if quantized.gathers(tensor, g.quantize):
-            assert g.quantize
-            return quantized.gather(g, ids, self.prefix + name, tensor, g.quantize)
+        if quantized.gathers(tensor, self.quantize):
+            assert self.quantize
+            return quantized.gather(g, ids, self.prefix + name, tensor, self.quantize)
         return self.widened(g.gather(self.prefix + name, tensor, ids))
 
     def logits(self, x: ir.Value, steps: ir.Value) -> ir.Value:
@@ -106,12 +102,12 @@ class Parts:
         name = HEAD if HEAD in self.tensors else self.prefix + EMBEDDING
         tensor = self.tensors[name]
         g.products[name] = x
-        in_bits = bool(g.quantize) and (name == HEAD or quantized.gathers(tensor, g.quantize))
-        rows = g.quantize in TYPED or not (in_bits or self.contrib)
+        in_bits = bool(self.quantize) and (name == HEAD or quantized.gathers(tensor, self.quantize))
+        rows = self.quantize in TYPED or not (in_bits or self.contrib)
         if not rows:
             x = g.op("Reshape", x, g.op("Concat", steps, g.constant([text.hidden]), axis=0))
         if in_bits:
-            y = quantized.linear(g, x, [(name, tensor)], str(g.quantize))[0]
+            y = quantized.linear(g, x, [(name, tensor)], str(self.quantize))[0]
         elif rows:
             y = self.widened(g.op("Gemm", self.narrowed(x), g.weight(name, tensor), transB=1))
         else:

@@ -14,6 +14,7 @@ from matexport.families.matmamba.containers import verdicts
 from matexport.families.matmamba.layout import packaged_table, plan_slice, read_model, recognises
 from matexport.planning import KeptLayer, Plan
 from matexport.slice_table import MAMBA, Row
+from matexport.targets import GraphOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,34 +67,16 @@ def repair(checkpoint: Checkpoint, row: Row | None) -> Checkpoint:
     raise UsageError("no tool is known to damage MatMamba checkpoints", fix="leave out --repair")
 
 
-def build_graph(
-    plan: Plan,
-    form: str,
-    *,
-    elastic: bool = False,
-    quantize: str | None = None,
-    dtype: str = "F32",
-    opset: int = OPSETS[0],
-    ranges: Mapping[str, float] | None = None,
-) -> Graph:
+def build_graph(plan: Plan, options: GraphOptions) -> Graph:
     from matexport.families.matmamba.graph import language_graph, vision_graph
     from matexport.graph.builder import Graph
 
     vision = plan.config["model_type"] == "matmamba_vision"
-    g = Graph("matmamba_vision" if vision else "matmamba_lm", dtype, opset)
-    g.quantize, g.ranges = quantize, {} if ranges is None else ranges
-    return (vision_graph if vision else language_graph)(g, plan, form, elastic=elastic)
+    g = Graph("matmamba_vision" if vision else "matmamba_lm", options)
+    return (vision_graph if vision else language_graph)(g, plan)
 
 
-def build_split(
-    plan: Plan,
-    form: str,
-    *,
-    quantize: str | None = None,
-    dtype: str = "F32",
-    opset: int = OPSETS[0],
-    ranges: Mapping[str, float] | None = None,
-) -> dict[str, Graph]:
+def build_split(plan: Plan, options: GraphOptions) -> dict[str, Graph]:
     return {}
 
 

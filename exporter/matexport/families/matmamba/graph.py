@@ -14,7 +14,7 @@ from matexport.planning import Plan
 STATES = ("conv_state", "recurrent_state")  # onnxruntime-genai's names
 
 
-def vision_graph(g: Graph, plan: Plan, form: str, *, elastic: bool = False) -> Graph:
+def vision_graph(g: Graph, plan: Plan) -> Graph:
     """`pixel_values` (batch, 3, s, s) -> `logits` (batch, classes), from the config and shapes of a plan.
 
     Inputs and outputs are float32, whatever products are computed in.
@@ -24,10 +24,7 @@ def vision_graph(g: Graph, plan: Plan, form: str, *, elastic: bool = False) -> G
     patches = (size // patch) ** 2
     pixels = g.input("pixel_values", "F32", ["batch", 3, size, size])
     batch = g.op("Shape", pixels, start=0, end=1)
-    blocks = Blocks(
-        g, plan, form, prefix=PREFIXES["vision"], batch=batch, length=patches + 1, mask=None,
-        elastic=elastic,
-    )  # fmt: skip
+    blocks = Blocks(g, plan, prefix=PREFIXES["vision"], batch=batch, length=patches + 1, mask=None)
     weight = blocks.weight
     with g.scope("patch_embed"):
         proj = weight("patch_embed.proj.weight"), weight("patch_embed.proj.bias")  # Conv-11 knows no bfloat16
@@ -56,21 +53,21 @@ def vision_graph(g: Graph, plan: Plan, form: str, *, elastic: bool = False) -> G
     return g
 
 
-def language_graph(g: Graph, plan: Plan, form: str, *, elastic: bool = False) -> Graph:
+def language_graph(g: Graph, plan: Plan) -> Graph:
     """`input_ids` (batch, sequence), `attention_mask` (batch, total) and two states a layer -> `logits` and new states.
 
     One graph for prefill, continuation and decoding. The mask covers all tokens so far, of which the last `sequence`
     count; a step with 0, at either side, leaves the states exactly as they were. States start as zeros.
     States and logits are float32, whatever products are computed in.
     """
-    prefix, quantize = PREFIXES["lm"], g.quantize
+    prefix, quantize = PREFIXES["lm"], g.options.quantize
     ids = g.input("input_ids", "I64", ["batch", "sequence"])
     attention = g.input("attention_mask", "I64", ["batch", "total_sequence"])
     batch, length = (g.op("Shape", ids, start=i, end=i + 1) for i in range(2))
     with g.scope("mask"):  # of the tokens that are new
         mask = g.op("Slice", attention, g.op("Neg", length), g.constant([1 << 60]), g.constant([1]))
         mask = g.op("Cast", mask, to=int(ir.DataType.BOOL))
-    blocks = Blocks(g, plan, form, prefix=prefix, batch=batch, length=length, mask=mask, elastic=elastic)
+    blocks = Blocks(g, plan, prefix=prefix, batch=batch, length=length, mask=mask)
     embedding, filling = (EMBEDDINGS[1], plan.tensors[EMBEDDINGS[1]]), blocks.filling
     if quantize and quantized.gathers(embedding[1], quantize):
         x = quantized.gather(g, ids, *embedding, quantize)

@@ -27,22 +27,22 @@ class States(NamedTuple):
 
 
 class Blocks:
-    """Writes norms and mixers of one planned slice into a graph, in one form.
+    """Writes norms and mixers of one planned slice into a graph, in the graph's form.
+
+    The projection in of an elastic graph comes in parts; heads are the outermost axis of each, so B and C stand
+    before x.
 
     Args:
         batch: the number of inputs (1).
         length: of tokens. Where it is a number there are no states; else it is a value (1).
         mask: (b, T), which steps are none; None for none.
-        elastic: whether every weight of a narrower slice is a range of the wider one's bytes. The projection in then
-            comes in parts; heads are the outermost axis of each, so B and C stand before x.
     """
 
     def __init__(
-        self, g: Graph, plan: Plan, form: str, *, prefix: str, batch: ir.Value, length: int | ir.Value,
-        mask: ir.Value | None, elastic: bool,
-    ):  # fmt: skip
-        self.g, self.tensors, self.form, self.prefix = g, plan.tensors, form, prefix
-        self.elastic, self.quantize = elastic, g.quantize
+        self, g: Graph, plan: Plan, *, prefix: str, batch: ir.Value, length: int | ir.Value, mask: ir.Value | None
+    ):
+        self.g, self.tensors, self.prefix = g, plan.tensors, prefix
+        self.form, self.elastic, self.quantize = g.options.form, g.options.elastic, g.options.quantize
         ssm = plan.config.get("ssm_cfg") or {}
         self.groups: int = ssm.get("ngroups", 1)
         low, high = ssm.get("dt_limit", (0.0, math.inf))
@@ -50,7 +50,7 @@ class Blocks:
         self.epsilon: float = plan.config.get("norm_epsilon", 1e-5)
         self.rms_norm: bool = plan.config.get("rms_norm", prefix != "")
         self.kernel = self.tensors[f"{prefix}layers.0.mixer.conv1d.weight"].shape[2]
-        g.functions = stateful.functions(form, kernel=self.kernel, masked=mask is not None, dt_limit=self.dt_limit)
+        g.functions = stateful.functions(self.form, kernel=self.kernel, masked=mask is not None, dt_limit=self.dt_limit)
         self.mask = mask
         size = g.constant([length]) if isinstance(length, int) else length
         self.steps = g.op("Concat", batch, size, axis=0)
@@ -58,16 +58,16 @@ class Blocks:
         self.chunks: chunks.Chunks | None = None
         self.filling: chunks.Filling | None = None
         self.taps: stateful.Taps | None = None
-        if form == "stock" and isinstance(length, int):
+        if self.form == "stock" and isinstance(length, int):
             self.chunks = chunks.cut(g, length)
-        elif form == "stock":
+        elif self.form == "stock":
             assert mask is not None
             with g.scope("chunks"):
                 self.filling = chunks.fill(g, batch, size, mask)
                 self.chunks, self.mask = self.filling.chunks, stateful.numbers(g, self.filling.mask)
             with g.scope("taps"):
                 self.taps = stateful.taps_in_chunks(g, batch, self.filling, kernel=self.kernel)
-        elif form == "contrib":
+        elif self.form == "contrib":
             with g.scope("taps"):
                 self.taps = stateful.taps(g, batch, size, mask, kernel=self.kernel)
                 self.mask = None if mask is None else stateful.numbers(g, mask)
