@@ -1,8 +1,8 @@
 """How fast an ONNX model runs: each model in a process of its own, all of them measured in turns.
 
 A process answers requests, one JSON line each: `{"prefill": 128}` with the seconds that 128 tokens take from empty
-states, `{"decode": 16}` with those of a step (after 16 tokens), `{"images": 8}` with those of a batch of 8: medians of a
-few in a row, because after others of another size ONNX Runtime may have to ask for memory anew.
+states, `{"decode": 16}` with those of a step (after 16 tokens), `{"images": 8}` with those of a batch of 8: medians of
+a few in a row, because after others of another size ONNX Runtime may have to ask for memory anew.
 """
 
 from __future__ import annotations
