@@ -13,9 +13,10 @@ from matexport.errors import TableError, UsageError
 from matexport.families import Family, family_of, table_of, with_options
 from matexport.families.inputs import checked_inputs
 from matexport.families.rows import WHOLE
+from matexport.graph.options import GraphOptions
 from matexport.planning import Plan
 from matexport.slice_table import Row, Table, read_table
-from matexport.targets import GraphOptions, require_method, target_named
+from matexport.targets import require_method, target_named
 from matexport.tensors import dtype_named
 from matexport.tokenizer import special_ids, tokenizer_files
 from matexport.writer import Progress, write_checkpoint

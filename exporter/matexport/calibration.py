@@ -11,10 +11,11 @@ from matexport.checkpoint import Checkpoint
 from matexport.errors import InputError, UsageError
 from matexport.families import Family
 from matexport.graph.builder import Graph
+from matexport.graph.options import GraphOptions
 from matexport.onnx import write_onnx
 from matexport.planning import Plan
 from matexport.runtimes.ort import open_onnx
-from matexport.targets import GraphOptions, target_named
+from matexport.targets import target_named
 
 if TYPE_CHECKING:
     import numpy as np

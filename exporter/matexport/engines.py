@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from matexport.api import StrPath, export_onnx, plan
 from matexport.errors import InputError, MissingError, UsageError
+from matexport.graph.options import GraphOptions
 from matexport.manifest import describe_slice, manifest_path, read_manifest
 from matexport.slice_table import Table
-from matexport.targets import GraphOptions, require_method, target_named
+from matexport.targets import require_method, target_named
 from matexport.tensorrt import (
     CAPABILITIES,
     Profile,
@@ -181,6 +182,7 @@ def emit_ptx(
     *,
     slice: str | None = None,
     table: StrPath | Table | None = None,
+    dtype: str | None = None,
     capabilities: Sequence[int] = CAPABILITIES,
     force: bool = False,
     progress: Callable[[int], None] = lambda capability: None,
@@ -188,10 +190,12 @@ def emit_ptx(
     """Writes the Triton kernels of a checkpoint, or of an ONNX folder of form `custom`, as PTX; returns the manifest.
 
     Args:
+        dtype: what products of a checkpoint are computed in: `float32` (the default), `float16` or `bfloat16`; then so
+            is what the kernels read and write along the sequence.
         capabilities: compute capabilities, 90 for 9.0.
 
     Raises:
-        UsageError: a row for an ONNX folder, which is one slice already.
+        UsageError: a row or a type for an ONNX folder, which is one slice already; an unknown type.
         See also `matexport.tensorrt.write_ptx`.
     """
     import onnx
@@ -205,15 +209,15 @@ def emit_ptx(
         described = {key: manifest[key] for key in ("matexport", "family", "slice", "source")}
         loaded = onnx.load(path if path.is_file() else path / "model.onnx", load_external_data=False)
         source = path
+        if dtype:
+            raise UsageError("the ONNX model has its types already", fix="leave out --dtype, or give the checkpoint")
     else:
         from matexport.onnx import model_without_weights
 
         planned = plan(model, slice, table=table)
-        cast = planned.plan.cast("F32")
+        cast, options = planned.plan.cast("F32"), GraphOptions("custom", dtype_named(dtype) or "F32")
         described, source = describe_slice(cast, planned.checkpoint), planned.checkpoint.path
-        loaded = onnx.load_from_string(
-            model_without_weights(cast, planned.family.build_graph(cast, GraphOptions("custom")))
-        )
+        loaded = onnx.load_from_string(model_without_weights(cast, planned.family.build_graph(cast, options)))
     fused_model(loaded)
     return write_ptx(
         loaded, Path(output), capabilities=capabilities, described=described, where=str(model), force=force,

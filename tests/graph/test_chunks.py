@@ -11,7 +11,7 @@ import pytest
 
 from matexport.graph import chunks, mamba2, stateful
 from matexport.graph.builder import IR_VERSIONS, Graph
-from matexport.targets import OPSET
+from matexport.graph.options import OPSET
 from matexport_plugins.mamba2_scan.reference import mamba2_scan
 
 Arrays = dict[str, np.ndarray]

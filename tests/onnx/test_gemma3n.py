@@ -21,10 +21,10 @@ from matexport.dims import Dims
 from matexport.families.gemma3n import attention as gemma_attention
 from matexport.families.gemma3n import graph as gemma_graph
 from matexport.families.gemma3n.config import TextConfig
+from matexport.graph.options import GraphOptions
 from matexport.parity.comparison import TOLERANCES
 from matexport.slice_table import Row
 from matexport.streaming import read
-from matexport.targets import GraphOptions
 
 ROWS = {
     "widths": Row("widths", ffn=Dims(head=(64, 32, 16, 64, 8, 64, 32, 64, 16, 64))),

@@ -19,11 +19,11 @@ import matexport as mx
 from gemma import multimodal_checkpoint, tensors, text_checkpoint, text_config, write_hollow
 from matexport.checkpoint import Checkpoint
 from matexport.graph.builder import Weight
+from matexport.graph.options import GraphOptions
 from matexport.manifest import read_manifest
 from matexport.onnx import export
 from matexport.onnx.weights import lay_out, stored_blocks
 from matexport.slice_table import Row
-from matexport.targets import GraphOptions
 from support import matexport
 
 EMBED, DECODER = "embed_tokens", "decoder_model_merged"

@@ -61,6 +61,16 @@ def test_the_kernels_of_a_language_model(tmp_path: Path) -> None:
     assert [aot.evaluate(size, batch=3, length=100) for size in scan["outputs"]["final_ptr"]] == [3, 64, 8, 2]
 
 
+def test_a_checkpoint_in_half_precision(tmp_path: Path) -> None:
+    source = language_checkpoint(tmp_path / "source", n_layer=1)
+    result = compiled("-m", source, "-o", tmp_path / "ptx", "--target", "rtx-ada", "--dtype", "float16")
+    assert result.code == 0, result
+    about = json.loads((tmp_path / "ptx" / "sm_89" / "kernels.json").read_text())
+    arguments = [kernel["arguments"] for kernel in about["kernels"].values()]
+    assert {found["x_ptr"] for found in arguments if "x_ptr" in found} == {"*fp16"}
+    assert {found["state_ptr"] for found in arguments if "state_ptr" in found} == {"*fp32"}
+
+
 def test_a_model_of_images_has_no_steps(tmp_path: Path) -> None:
     mx.export_onnx(DIGITS, tmp_path / "onnx", slice="eighth", target="cuda", dtype="bfloat16")
     result = compiled("-m", tmp_path / "onnx", "-o", tmp_path / "ptx", "--target", "rtx-ampere")

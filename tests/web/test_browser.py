@@ -16,11 +16,12 @@ from browser import MODULES, Browser, browser, missing
 from gemma import multimodal_checkpoint, text_checkpoint
 from matexport.dims import Dims
 from matexport.families.rows import WHOLE
+from matexport.graph.options import GraphOptions
 from matexport.graph.stateful import FORMS
 from matexport.onnx.export import slug
 from matexport.runtimes.ort import load_onnx
 from matexport.slice_table import Row
-from matexport.targets import TARGETS, GraphOptions
+from matexport.targets import TARGETS
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing()),

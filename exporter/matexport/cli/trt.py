@@ -109,10 +109,10 @@ def command(
         raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
     output = output or Path()
     if ptx:
-        of_engines = (embed_plugin, in_place, dry_run, min_shapes, opt_shapes, max_shapes, dtype, quantize)
+        of_engines = (embed_plugin, in_place, dry_run, min_shapes, opt_shapes, max_shapes, quantize)
         if plugin == "cuda" or any(of_engines):
             raise UsageError("--emit-ptx builds no engine", fix="leave out the options of engines")
-        _emit_ptx(model, table, row, output, targets, force)
+        _emit_ptx(model, table, row, output, targets, dtype, force)
         return
     targets = targets or ("rtx",)
     shapes = _profiles({"min": min_shapes, "opt": opt_shapes, "max": max_shapes})
@@ -151,14 +151,15 @@ def _show_plan(plan: dict[str, Any]) -> None:
 
 
 def _emit_ptx(
-    model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], force: bool
-) -> None:
+    model: str, table: str | None, row: str | None, output: Path, targets: tuple[str, ...], dtype: str | None,
+    force: bool,
+) -> None:  # fmt: skip
     numbers = {n for name in targets for n in target_named(name, BUILT).capabilities}
     if targets and not numbers:
         raise UsageError(f"target {targets[0]!r} is the GPU at hand: which one is it?", fix="name another target")
     chosen = sorted(numbers) or list(CAPABILITIES)
     manifest = emit_ptx(
-        model, output, slice=row, table=table, capabilities=chosen, force=force,
+        model, output, slice=row, table=table, dtype=dtype, capabilities=chosen, force=force,
         progress=lambda number: note(f"compute capability {number // 10}.{number % 10}"),
     )  # fmt: skip
     size = human_bytes(sum(entry["bytes"] for entry in manifest["files"].values()))

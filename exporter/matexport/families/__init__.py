@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, UsageError
 from matexport.families.loaders import Verdict
+from matexport.graph.options import GraphOptions
 from matexport.planning import KeptLayer, Plan
 from matexport.slice_table import Row, Table, read_table
-from matexport.targets import GraphOptions
 
 if TYPE_CHECKING:
     import numpy as np

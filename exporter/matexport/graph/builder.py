@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from matexport.graph.encoding import Encoding
+from matexport.graph.options import GraphOptions
 from matexport.planning import PlannedTensor
-from matexport.targets import GraphOptions
 from matexport.tensors import FLOATS, numpy_dtype
 
 IR_VERSIONS = {21: 10, 23: 11}  # 23: onnxruntime 1.23

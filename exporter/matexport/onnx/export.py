@@ -18,13 +18,14 @@ from onnx_ir.passes.common import ShapeInferencePass
 from matexport.checkpoint import Checkpoint
 from matexport.errors import CheckpointError, UsageError
 from matexport.graph.builder import DTYPES, Graph, Weight
+from matexport.graph.options import OPSET
 from matexport.manifest import BUNDLE, FILE, describe_slice, describe_source, json_bytes, manifest_bytes
 from matexport.onnx.genai import genai_files
 from matexport.onnx.web import rename_states, web_config
 from matexport.onnx.weights import Layout, lay_out, split, weight_blocks
 from matexport.planning import Plan, whole
 from matexport.staging import check_space, staged_folder
-from matexport.targets import OPSET, Target
+from matexport.targets import Target
 from matexport.tensors import FLOATS
 from matexport.version import __version__
 from matexport.writer import COMPANIONS, Files, Progress, companions, write_blocks

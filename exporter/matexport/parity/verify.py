@@ -18,6 +18,7 @@ from matexport.families.inputs import checked_inputs
 from matexport.families.rows import WHOLE
 from matexport.graph.builder import Graph
 from matexport.graph.encoding import CALIBRATED, METHODS
+from matexport.graph.options import GraphOptions
 from matexport.manifest import BUNDLE, describe_source, kept_tensors, manifest_path, read_manifest
 from matexport.parity.comparison import Comparison, compare_outputs, compare_quantised, kind_of
 from matexport.parity.engines import check_engine, check_golden, fitting_inputs
@@ -28,7 +29,7 @@ from matexport.parity.stored import stored_source
 from matexport.planning import Plan, PlannedTensor, whole
 from matexport.runtimes.tensorrt import require_engine
 from matexport.slice_table import FFN, Row
-from matexport.targets import GraphOptions, Target, target_named
+from matexport.targets import Target, target_named
 from matexport.tensors import FLOATS
 from matexport.version import __version__
 

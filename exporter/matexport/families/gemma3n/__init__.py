@@ -13,9 +13,9 @@ from matexport.families.gemma3n.config import DEFAULTS, faults, text_of
 from matexport.families.gemma3n.layout import NAME, OPTIONS, packaged_table, plan_slice, recognises
 from matexport.families.gemma3n.repair import repair
 from matexport.families.loaders import Verdict
+from matexport.graph.options import GraphOptions
 from matexport.planning import KeptLayer, Plan
 from matexport.slice_table import FFN
-from matexport.targets import GraphOptions
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,8 +17,8 @@ from matexport.families.gemma3n.embeddings import embed
 from matexport.families.gemma3n.layout import PER_LAYER_PROJECTION
 from matexport.families.gemma3n.parts import Parts
 from matexport.graph.builder import Graph
+from matexport.graph.options import GraphOptions
 from matexport.planning import Plan
-from matexport.targets import GraphOptions
 
 EMBED, DECODER = "embed_tokens", "decoder_model_merged"  # the field's names for the two graphs of a split model
 

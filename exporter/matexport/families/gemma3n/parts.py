@@ -16,8 +16,8 @@ from matexport.families.gemma3n.layout import EMBEDDING, HEAD, INNER, PER_LAYER_
 from matexport.graph import quantized
 from matexport.graph.builder import DTYPES, Graph
 from matexport.graph.encoding import BLOCK, TYPED
+from matexport.graph.options import GraphOptions
 from matexport.planning import Plan, PlannedTensor, View
-from matexport.targets import GraphOptions
 
 FUSED = 23  # the opset from which on ai.onnx has a node each for RMSNorm, rotary embedding and attention
 

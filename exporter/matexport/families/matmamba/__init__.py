@@ -12,9 +12,9 @@ from matexport.errors import MissingError, UsageError
 from matexport.families.loaders import Verdict
 from matexport.families.matmamba.containers import verdicts
 from matexport.families.matmamba.layout import packaged_table, plan_slice, read_model, recognises
+from matexport.graph.options import GraphOptions
 from matexport.planning import KeptLayer, Plan
 from matexport.slice_table import MAMBA, Row
-from matexport.targets import GraphOptions
 
 if TYPE_CHECKING:
     import numpy as np
