@@ -202,6 +202,9 @@ def emit_ptx(
 
     path = Path(model)
     if _is_onnx(path, slice):
+        if dtype:
+            fix = "leave out --dtype, or give the checkpoint"
+            raise UsageError("an ONNX folder has its types already", where=str(path), fix=fix)
         manifest = read_manifest(path)
         if manifest["kind"] != "onnx":
             what = f"is of kind {manifest['kind']!r}, not ONNX"
@@ -209,8 +212,6 @@ def emit_ptx(
         described = {key: manifest[key] for key in ("matexport", "family", "slice", "source")}
         loaded = onnx.load(path if path.is_file() else path / "model.onnx", load_external_data=False)
         source = path
-        if dtype:
-            raise UsageError("the ONNX model has its types already", fix="leave out --dtype, or give the checkpoint")
     else:
         from matexport.onnx import model_without_weights
 

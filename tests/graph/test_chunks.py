@@ -104,8 +104,18 @@ def test_the_state_before_counts(length: int) -> None:
     assert off(in_onnxruntime(model, {**feeds, "state": 0 * feeds["state"]}), want) > 1e-1
 
 
+@pytest.mark.parametrize("length", [5, 70])
+def test_a_head_that_forgets_all_is_no_nan(length: int) -> None:
+    """A is minus infinity where exp(A_log) is above what float32 holds."""
+    feeds, A = inputs(length, 4, 2, 3)
+    A[1], forgetful = -np.inf, A.copy()
+    forgetful[1] = -1e30
+    model = scan_model(None, 4, 2, 3, 6, A)
+    assert off(in_onnxruntime(model, feeds), reference(feeds, forgetful, 2)) < 1e-5
+
+
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_no_more_chunks_than_that(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_longer_chunks_where_there_would_be_too_many(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """A length that would need more has longer chunks."""
     monkeypatch.setattr(chunks, "MOST", most)
     g = Graph("any")

@@ -117,12 +117,14 @@ def test_what_a_file_needs(exported: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_in_pieces_of_any_length(exported: Path, way: str) -> None:
-    tokens = ids(2, 21)
+@pytest.mark.parametrize(("length", "cuts"), [(21, [[1], [2, 3], [7, 8, 20]]), (137, [[1], [66], [5, 135]])])
+def test_in_pieces_of_any_length(exported: Path, way: str, length: int, cuts: list[list[int]]) -> None:
+    """Also of more tokens than a chunk has steps, and no multiple of anything."""
+    tokens = ids(2, length)
     whole = Session(exported, way, 2).run(tokens)
-    for cuts in ([1], [2, 3], [7, 8, 20]):
+    for cut in cuts:
         session = Session(exported, way, 2)
-        pieces = [session.run(piece) for piece in np.split(tokens, cuts, axis=1)]
+        pieces = [session.run(piece) for piece in np.split(tokens, cut, axis=1)]
         assert close(np.concatenate(pieces, 1), whole)
     lost = Session(exported, way, 2)  # negative control: a state that is not passed on
     lost.run(tokens[:, :7])
@@ -132,9 +134,11 @@ def test_in_pieces_of_any_length(exported: Path, way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("left", [(0, 0, 0), (3, 0, 9), (1, 2, 0)], ids=["right", "left", "both"])
-def test_padding_is_no_step_at_all(exported: Path, way: str, left: tuple[int, ...]) -> None:
-    """Each padded row equals the same tokens alone, and its states are bit for bit those without the padding."""
-    lengths, width = (11, 9, 2), 12
+@pytest.mark.parametrize(("lengths", "width"), [((11, 9, 2), 12), ((130, 66, 2), 131)], ids=["short", "long"])
+def test_padding_is_no_step_at_all(
+    exported: Path, way: str, left: tuple[int, ...], lengths: tuple[int, ...], width: int
+) -> None:
+    """Each padded row equals the same tokens alone, and so do the steps after it; long ones are of several chunks."""
     tokens, mask = ids(3, width, seed=1), np.zeros((3, width), np.int64)
     for row, (length, begin) in enumerate(zip(lengths, left, strict=True)):
         begin = min(begin, width - length)

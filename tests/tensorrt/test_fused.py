@@ -243,9 +243,10 @@ def test_engines_for_triton_are_built_without_it() -> None:
         (["--plugin=mamba"], 2, "'mamba' is not one of"),
         ([], 4, "build it with --plugin cuda"),
         (["--emit-ptx", "--in-place"], 2, "--emit-ptx builds no engine"),
+        (["--emit-ptx", "--calibration=x.npz"], 2, "--emit-ptx builds no engine"),
         (["--emit-ptx", "--target=tensorrt"], 2, "the GPU at hand"),
         (["--emit-ptx", "-s", "half"], 2, "one slice already"),
-        (["--emit-ptx", "--dtype=float16"], 2, "has its types already"),
+        (["--emit-ptx", "--dtype=float16"], 2, "an ONNX folder has its types already"),
     ],
 )
 def test_usage(exported: Path, tmp_path: Path, options: list[str], code: int, message: str) -> None:

@@ -101,7 +101,7 @@ def command(
       matexport trt -m half -o half-int4 --dtype float16 --quantize int4
       matexport trt -m half -o half-fp8 --dtype float16 --quantize fp8 --calibration images.npz --target rtx-ada
       matexport trt -m half -o half-fused --plugin cuda --embed-plugin
-      matexport trt -m half -o half-ptx --emit-ptx --target rtx-ada
+      matexport trt -m half -o half-ptx --emit-ptx --target rtx-ada --dtype float16
       matexport trt -m half -o half-h100 --target h100
       matexport trt -m half --target tensorrt --dry-run
     """
@@ -109,7 +109,9 @@ def command(
         raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
     output = output or Path()
     if ptx:
-        of_engines = (embed_plugin, in_place, dry_run, min_shapes, opt_shapes, max_shapes, quantize)
+        of_engines = (
+            embed_plugin, in_place, dry_run, min_shapes, opt_shapes, max_shapes, quantize, calibration, timing_cache,
+        )  # fmt: skip
         if plugin == "cuda" or any(of_engines):
             raise UsageError("--emit-ptx builds no engine", fix="leave out the options of engines")
         _emit_ptx(model, table, row, output, targets, dtype, force)

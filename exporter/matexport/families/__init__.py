@@ -72,7 +72,7 @@ class Family(Protocol):
         """The checkpoint without that damage; `row` is what it was cut with. Raises CheckpointError, UsageError."""
 
     def build_graph(self, plan: Plan, options: GraphOptions) -> Graph:
-        """The ONNX graph of a planned slice."""
+        """The ONNX graph of a planned slice; see `matexport.graph.options`. Calibrated methods need every range."""
 
     def build_split(self, plan: Plan, options: GraphOptions) -> dict[str, Graph]:
         """The same in several graphs, each fed with what those before it give: embeddings first; by file name.

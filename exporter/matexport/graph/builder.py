@@ -222,7 +222,9 @@ class Graph:
 
     def to_model(self, *, producer_version: str, metadata: dict[str, str]) -> ir.Model:
         """The finished model; the weights' tensors are to be set by whoever stores them."""
-        initializers = [*(weight.value for weight in self.weights.values()), *self._constants.values()]
+        used = {value for node in self.nodes for value in node.inputs}
+        constants = [value for value in self._constants.values() if value in used]
+        initializers = [*(weight.value for weight in self.weights.values()), *constants]
         graph = ir.Graph(
             self.inputs,
             self.outputs,

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from matexport.graph.builder import Graph
 
 LENGTH, MOST = 64, 512  # steps of a chunk, while there are not more chunks than that: each is compared with each
+LOWEST = -1e4  # of a step's log decay: its exponential is 0, and so is a product with 0, which minus infinity's is not
 
 Size = int | ir.Value  # a Value has shape (1)
 Result = tuple[ir.Value, ir.Value | None]
@@ -35,8 +36,7 @@ class Chunks:
 
     Attributes:
         length, count, steps: T, c and l.
-        filled: c l.
-        pads: the steps that fill the last chunk up, for `Pad` of (b, T, m); None if it is full.
+        filled: c l, at least T.
         inside, across: of the steps of a chunk, (1, 1, 1, l, l); of the state before all and the chunks,
             (1, 1, c + 1, c + 1).
         last: c, the index of the state after all.
@@ -47,7 +47,6 @@ class Chunks:
     count: Size
     steps: Size
     filled: Size
-    pads: ir.Value | None
     inside: Triangle
     across: Triangle
     last: ir.Value
@@ -71,9 +70,8 @@ def cut(g: Graph, length: int) -> Chunks:
         Triangle(*(g.constant(np.tril(np.ones((*[1] * (rank - 2), n, n)), k), "F32") for k in (-1, 0)))
         for rank, n in ((5, steps), (4, count + 1))
     )
-    filled = count * steps
-    pads = g.constant([0, 0, 0, 0, filled - length, 0]) if filled > length else None
-    return Chunks(length, count, steps, filled, pads, inside, across, g.constant(count), g.constant(np.arange(count)))
+    last, before = g.constant(count), g.constant(np.arange(count))
+    return Chunks(length, count, steps, count * steps, inside, across, last, before)
 
 
 def cut_any(g: Graph, length: ir.Value) -> Chunks:
@@ -86,11 +84,9 @@ def cut_any(g: Graph, length: ir.Value) -> Chunks:
     count = g.op("Min", ceil(length, i64([LENGTH])), i64([MOST]))
     steps = g.op("Min", length, g.op("Mul", ceil(length, g.op("Mul", count, i64([4]))), i64([4])))
     count = ceil(length, steps)
-    filled = g.op("Mul", count, steps)
-    pads = g.op("Concat", i64([0] * 4), g.op("Sub", filled, length), i64([0]), axis=0)
     inside, across = _triangle(g, steps, 5), _triangle(g, g.op("Add", count, i64([1])), 4)
     before, last = g.index(_range(g, count)), g.index(g.op("Squeeze", count))
-    return Chunks(length, count, steps, filled, pads, inside, across, last, before)
+    return Chunks(length, count, steps, g.op("Mul", count, steps), inside, across, last, before)
 
 
 def _triangle(g: Graph, size: ir.Value, rank: int) -> Triangle:
@@ -150,23 +146,27 @@ def linear_attention(
     g: Graph, chunks: Chunks, query: ir.Value, key: ir.Value, value: ir.Value, decay: ir.Value, past: ir.Value | None,
     *, heads: Size, groups: Size, state: Size, head_dim: Size,
 ) -> Result:  # fmt: skip
-    """`chunked_attention` of steps that are not in chunks yet: (b, T, ...) in place of (b, c, l, ...)."""
+    """`chunked_attention` of steps that are not in chunks yet: (b, T, ...) in place of (b, c, l, ...).
+
+    Its value may be (b, T, h * p) too.
+    """
+    length, filled = chunks.length, chunks.filled
+    known = isinstance(filled, int) and isinstance(length, int)
+    tail = filled - length if known else g.op("Sub", _value(g, filled), _value(g, length))
+    pads, full = dims(g, 0, 0, 0, 0, tail, 0), isinstance(tail, int) and tail == 0
 
     def chunked(v: ir.Value, *sizes: Size) -> ir.Value:
-        if chunks.pads is not None:  # steps with a = 0 and k v^T = 0 at the end change nothing
-            v = g.op("Pad", v, chunks.pads)
-        return chunks.shaped(g, v, 0, chunks.count, chunks.steps, *sizes)
+        # steps with a = 0 and k v^T = 0 at the end change nothing
+        return chunks.shaped(g, v if full else g.op("Pad", v, pads), 0, chunks.count, chunks.steps, *sizes)
 
-    if chunks.pads is not None:
+    if not full:
         value = g.op("Reshape", value, g.constant([0, 0, -1]))
     y, final = chunked_attention(
         g, chunks, chunked(query, -1), chunked(key, -1), chunked(value, heads, head_dim), chunked(decay, heads), past,
         heads=heads, groups=groups, state=state, head_dim=head_dim,
     )  # fmt: skip
-    y = chunks.shaped(g, y, 0, chunks.filled, heads, head_dim)
-    if chunks.pads is not None:
-        y = g.op("Slice", y, g.constant([0]), dims(g, chunks.length), g.constant([1]))
-    return y, final
+    y = chunks.shaped(g, y, 0, filled, heads, head_dim)
+    return y if full else g.op("Slice", y, g.constant([0]), dims(g, length), g.constant([1])), final
 
 
 def chunked_attention(
@@ -192,6 +192,7 @@ def chunked_attention(
         return chunks.shaped(g, v, batch, each, chunks.count, chunks.steps, size) if batch else v
 
     Q, K = (by_head(chunks.shaped(g, v, 0, 0, 0, groups, state), 1, state) for v in (query, key))
+    decay = g.op("Max", decay, g.constant(LOWEST, "F32"))
     V, a = by_head(value, each, head_dim), by_head(g.op("Unsqueeze", decay, g.constant([4])), each, 1)
 
     # inside each chunk: sum over j <= i of (q_i . k_j) exp(a_j+1 + ... + a_i) v_j

@@ -124,7 +124,8 @@ def mamba2_scan(
     operators take the mask as `numbers` gives it.
 
     Args:
-        filled: whether steps are in chunks already: (b, c, l, ...) in place of (b, T, ...).
+        filled: whether steps are in chunks already: (b, c, l, ...) in place of (b, T, ...). Then y is rows,
+            (b * c * l, h * p).
     """
     values = (x, dt_raw, A, B, C, D, dt_bias, past, mask)
     if form == "custom":
@@ -133,8 +134,8 @@ def mamba2_scan(
             options["dt_limit"] = list(dt_limit)
         y, final = g.ops("Mamba2Scan", *values, domain=OURS, outputs=2, **options)
         return y, final
-    steps = [0, 0, 0] if filled else [0, 0]
-    by_head, flat = g.constant([*steps, heads, head_dim]), g.constant([*steps, -1])
+    by_head = g.constant([0, 0, *([0] if filled else []), heads, head_dim])
+    flat = g.constant([-1, heads * head_dim] if filled else [0, 0, -1])
     attention: Attention = partial(_contrib_attention, heads=heads, groups=groups)
     if form == "stock":
         assert chunks is not None
@@ -144,7 +145,7 @@ def mamba2_scan(
 
 
 def numbers(g: Graph, mask: ir.Value) -> ir.Value:
-    """(b, T) as 0 and 1, (b, T, 1)."""
+    """(b, T), or (b, c, l), as 0 and 1, with an axis of 1 after it."""
     return g.op("Unsqueeze", g.op("Cast", mask, to=int(ir.DataType.FLOAT)), g.constant([-1]))
 
 

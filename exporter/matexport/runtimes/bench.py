@@ -135,7 +135,8 @@ def _serve(model: Path, threads: int, library: bool) -> None:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # a core of whoever is next
+    # idle threads would take a core from the model that is measured next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     path = kernels() if library else None
     if path:
         options.register_custom_ops_library(str(path))

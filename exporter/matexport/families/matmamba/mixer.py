@@ -87,7 +87,9 @@ class Blocks:
     def linear(
         self, x: ir.Value, *weights: tuple[str, PlannedTensor], quantize: bool = True, last: bool = False
     ) -> list[ir.Value]:
-        """x (b, T, k) times each weight (n, k), as checkpoints store them or quantised -> (b, T, n); of rows rows.
+        """x (b, T, k) times each weight (n, k), as checkpoints store them or quantised -> (b, T, n).
+
+        Where a sequence is filled up to chunks, x is rows (N, k), and so is what comes out, (N, n).
 
         Args:
             last: x is that of the last step, (b, 1, k).
@@ -179,7 +181,6 @@ class Blocks:
                     g, self.form, x, dt, A, B, C, D, dt_bias, states.scan if states else None, self.mask,
                     **sizes, dt_limit=self.dt_limit, chunks=self.chunks, filled=self.filling is not None,
                 )  # fmt: skip
-                y = g.op("Reshape", y, g.constant([-1, w])) if self.filling else y
         with g.scope("norm"):  # gate first; the mean is over the width in use, each group by itself
             y = g.op("Mul", y, mamba2.silu(g, z))
             steps = [0] if self.filling else [0, 0]
@@ -204,7 +205,10 @@ class Blocks:
     def _project(
         self, u: ir.Value, name: str, w: int, channels: int, heads: int, last_only: bool
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """z (b, T, w), or (b, 1, w) with `last_only`; the convolution's input (b, T, channels); dt (b, T, heads)."""
+        """z (b, T, w), or (b, 1, w) with `last_only`; the convolution's input (b, T, channels); dt (b, T, heads).
+
+        Of rows (N, d) they are rows too.
+        """
         g = self.g
         z, x, bc, dt = (0, w), (w, 2 * w), (2 * w, w + channels), (w + channels, w + channels + heads)
         gated = self.last(u) if last_only else u
