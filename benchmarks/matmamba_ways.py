@@ -25,6 +25,7 @@ from matexport.families.matmamba.layout import PREFIXES
 from matexport.families.matmamba.mixer import Blocks, States
 from matexport.graph import stateful
 from matexport.graph.builder import Graph
+from matexport.graph.options import GraphOptions
 from matexport.parity.comparison import compare
 from matexport_plugins.causal_conv1d.reference import causal_conv1d
 from matexport_plugins.mamba2_scan.reference import mamba2_scan
@@ -126,17 +127,18 @@ class Layer:
         return y @ w["out_proj.weight"].T, conv, state
 
     def model(self, form: str) -> bytes:
-        g = Graph("layer")
+        g = Graph("layer", GraphOptions(form))
         x = g.input("x", "F32", ["batch", "sequence", D_LM])
         sizes = {"batch": g.op("Shape", x, start=0, end=1), "length": g.op("Shape", x, start=1, end=2)}
         mask = None
         if form == "stock":  # which fills chunks up, and hides that
             mask = g.op("Expand", g.constant(True, "BOOL"), g.op("Concat", *sizes.values(), axis=0))
-        blocks = Blocks(g, self.plan, form, prefix=PREFIX, mask=mask, elastic=False, **sizes)
+        blocks = Blocks(g, self.plan, prefix=PREFIX, mask=mask, **sizes)
         conv, scan = blocks.state_shapes(0)
         states = States(g.input("conv", "F32", ["batch", *conv]), g.input("state", "F32", ["batch", *scan]))
-        y, after = blocks.mixer(x, 0, states)
+        y, after = blocks.mixer(blocks.into_chunks(x), 0, states)
         assert after is not None
+        y = blocks.by_step(blocks.out_of_chunks(y), D_LM) if blocks.filling else y
         for name, value, shape in (("y", y, ["sequence", D_LM]), ("c", after.conv, conv), ("s", after.scan, scan)):
             g.output(value, name, "F32", ["batch", *shape])
         for name, weight in g.weights.items():

@@ -68,13 +68,12 @@ def language_graph(g: Graph, plan: Plan) -> Graph:
         mask = g.op("Slice", attention, g.op("Neg", length), g.constant([1 << 60]), g.constant([1]))
         mask = g.op("Cast", mask, to=int(ir.DataType.BOOL))
     blocks = Blocks(g, plan, prefix=prefix, batch=batch, length=length, mask=mask)
-    embedding, filling = (EMBEDDINGS[1], plan.tensors[EMBEDDINGS[1]]), blocks.filling
+    embedding = EMBEDDINGS[1], plan.tensors[EMBEDDINGS[1]]
     if quantize and quantized.gathers(embedding[1], quantize):
         x = quantized.gather(g, ids, *embedding, quantize)
     else:
         x = g.to_float32(g.op("Gather", g.weight(*embedding), ids))
-    if filling:
-        x = g.op("Reshape", g.op("Gather", x, filling.source, axis=1), g.constant([-1, embedding[1].shape[1]]))
+    x = blocks.into_chunks(x)
     present = []
     for i in range(plan.config["n_layer"]):
         shapes: list[list[int | str]] = [["batch", *shape] for shape in blocks.state_shapes(i)]
@@ -89,10 +88,10 @@ def language_graph(g: Graph, plan: Plan) -> Graph:
     with g.scope("head"):  # a tied embedding is stored once
         tied = HEAD not in plan.tensors
         head = embedding if tied else (HEAD, plan.tensors[HEAD])
-        x = blocks.norm(g.op("Gather", x, filling.back) if filling else x, f"{prefix}norm_f")
+        x = blocks.norm(blocks.out_of_chunks(x), f"{prefix}norm_f")
         (logits,) = blocks.linear(x, head, quantize=not tied or quantized.gathers(embedding[1], quantize))
     rows = embedding[1].shape[0]
-    logits = blocks.by_step(logits, rows) if filling else logits
+    logits = blocks.by_step(logits, rows) if blocks.filling else logits
     g.output(logits, "logits", "F32", ["batch", "sequence", rows])
     for value, name, shape in present:
         g.output(value, name, "F32", shape)

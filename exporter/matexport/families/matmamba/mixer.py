@@ -115,6 +115,17 @@ class Blocks:
             self._shapes[n] = self.g.op("Concat", self.steps, self.g.constant([n]), axis=0)
         return self.g.op("Reshape", y, self._shapes[n])
 
+    def into_chunks(self, x: ir.Value) -> ir.Value:
+        """x (b, T, d) as mixers take it: rows (b * c * l, d) where the sequence is filled up to chunks."""
+        if self.filling is None:
+            return x
+        g, filled = self.g, self.g.op("Gather", x, self.filling.source, axis=1)
+        return g.op("Reshape", filled, g.constant([-1, self.tensors[f"{self.prefix}layers.0.norm.weight"].shape[0]]))
+
+    def out_of_chunks(self, x: ir.Value) -> ir.Value:
+        """What mixers give, without what was filled up: rows (b * T, d) where there are rows."""
+        return self.g.op("Gather", x, self.filling.back) if self.filling else x
+
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """The norm over the residual stream that the model has."""
         if self.rms_norm:
