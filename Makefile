@@ -36,6 +36,7 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file benchmarks/mypy.ini benchmarks
 
 docs: $(STAMP)
 	$(BIN)/python -m pytest -q tests/docs
