@@ -39,9 +39,6 @@ table_option = click.option(
 slice_option = click.option(
     "-s", "--slice", "row", metavar="NAME", help="Row: its name, #3 for the third one, or a unique part of its name."
 )
-output_option = click.option(
-    "-o", "--output", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="Where to write."
-)
 force_option = click.option("--force", is_flag=True, help="Replace an output that is not empty.")
 pickle_option = click.option("--allow-pickle", is_flag=True, help="Also read pytorch_model.bin; nothing in it is run.")
 format_option = click.option(

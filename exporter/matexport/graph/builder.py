@@ -244,23 +244,11 @@ class Graph:
 
 
 class Body(Graph):
-    """A graph without initializers: the body of a function, or of a Scan. Its constants are nodes.
-
-    Names inside a Scan must differ from those around it: its scope is that of the graph it is `inside` of.
-    """
-
-    def __init__(self, name: str, inside: Graph | None = None):
-        super().__init__(name)
-        if inside is not None:
-            self._scope = [*inside._scope, name]
+    """A graph without initializers: the body of a function. Its constants are nodes."""
 
     def constant(self, array: Any, dtype: str = "I64") -> ir.Value:
         data: np.ndarray = np.asarray(array, NUMPY[dtype])
         return self.op("Constant", value=ir.tensor(data))
-
-    def to_graph(self) -> ir.Graph:
-        """As the value of an attribute."""
-        return ir.Graph(self.inputs, self.outputs, nodes=self.nodes, name=self.name)
 
     def to_function(self, domain: str, attributes: Mapping[str, Any]) -> ir.Function:
         """As a function of this name; `attributes` with their defaults, None for one that must be given."""
