@@ -20,7 +20,7 @@ import matexport_plugins
 import matexport_plugins.causal_conv1d.torch_op
 import matexport_plugins.mamba2_scan.torch_op
 from matexport.graph import mamba2, stateful
-from matexport.graph.builder import Body, Graph
+from matexport.graph.builder import Graph
 from matexport.graph.chunks import cut_any
 
 Arrays = dict[str, np.ndarray]
@@ -131,10 +131,12 @@ def stepwise(g: Graph, v: Values, s: Sizes) -> tuple[ir.Value, ir.Value]:
     i64 = g.constant
     dt = g.op("Softplus", g.op("Add", v["dt_raw"], v["dt_bias"]))
     x4 = g.op("Reshape", v["x"], i64([0, 0, s.heads, s.P]))
-    body = Body("step", inside=g)
-    S, a, k, x, q = (body.input(body.unique(name), "F32", [None] * 4) for name in ("S", "a", "k", "x", "q"))
-    new = body.op("Add", body.op("Mul", S, a), body.op("Mul", k, x))
-    body.outputs = [new, body.op("MatMul", q, new)]
+    body = Graph("step")
+    with body.scope("step"):  # names in it must differ from those around it
+        S, a, k, x, q = (body.input(f"/step/{name}", "F32", [None] * 4) for name in ("S", "a", "k", "x", "q"))
+        new = body.op("Add", body.op("Mul", S, a), body.op("Mul", k, x))
+        body.outputs = [new, body.op("MatMul", q, new)]
+    step = ir.Graph(body.inputs, body.outputs, nodes=body.nodes, name=body.name)
     shaped = {
         "decay": g.op("Reshape", g.op("Exp", g.op("Mul", dt, v["A"])), i64([0, 0, s.heads, 1, 1])),
         "key": g.op("Reshape", v["B"], i64([0, 0, 1, s.N, 1])),
@@ -142,7 +144,7 @@ def stepwise(g: Graph, v: Values, s: Sizes) -> tuple[ir.Value, ir.Value]:
         "query": g.op("Reshape", v["C"], i64([0, 0, 1, 1, s.N])),
     }
     steps = (g.op("Transpose", value, perm=[1, 0, 2, 3, 4]) for value in shaped.values())
-    state, y = g.ops("Scan", v["state"], *steps, outputs=2, body=body.to_graph(), num_scan_inputs=4)
+    state, y = g.ops("Scan", v["state"], *steps, outputs=2, body=step, num_scan_inputs=4)
     y = g.op("Reshape", g.op("Transpose", y, perm=[1, 0, 2, 3, 4]), i64([0, 0, s.heads, s.P]))
     y = g.op("Add", y, g.op("Mul", x4, g.op("Unsqueeze", v["D"], i64([1]))))
     return g.op("Reshape", y, i64([0, 0, s.heads * s.P])), state

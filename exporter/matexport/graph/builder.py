@@ -208,10 +208,6 @@ class Graph:
         """int64 as int32, for what many operators index by: TensorRT casts it for each of them."""
         return self.op("Cast", x, to=int(DTYPES["I32"]))
 
-    def unique(self, name: str) -> str:
-        """A name in this scope that no other value has."""
-        return self._unique("/" + "/".join([*self._scope, name]))
-
     def _unique(self, name: str) -> str:
         self._used[name] += 1
         return name if self._used[name] == 1 else f"{name}_{self._used[name] - 1}"
