@@ -116,6 +116,17 @@ def test_what_a_file_needs(exported: Path, form: str) -> None:
     assert "/layers.1/mixer/scan/Neg" in {node.name for node in model.graph.node}
 
 
+def test_no_layer_in_standard_operators_computes_a_shape(exported: Path) -> None:
+    """TensorRT's builds grow several times longer with a Reshape to sizes that are products of dynamic ones."""
+    graph = onnx.load(exported / "stock" / "model.onnx", load_external_data=False).graph
+    constants = {i.name for i in graph.initializer}
+    reshapes = [n for n in graph.node if n.op_type == "Reshape"]
+    inside = [n for n in reshapes if "/layers." in n.name]
+    assert len(inside) > 10
+    assert {n.input[1] for n in inside} <= constants
+    assert not {n.input[1] for n in reshapes} <= constants  # before and after all layers there are some
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("length", "cuts"), [(21, [[1], [2, 3], [7, 8, 20]]), (137, [[1], [66], [5, 135]])])
 def test_in_pieces_of_any_length(exported: Path, way: str, length: int, cuts: list[list[int]]) -> None:

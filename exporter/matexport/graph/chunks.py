@@ -85,12 +85,12 @@ def cut_any(g: Graph, length: ir.Value) -> Chunks:
     steps = g.op("Min", length, g.op("Mul", ceil(length, g.op("Mul", count, i64([4]))), i64([4])))
     count = ceil(length, steps)
     inside, across = _triangle(g, steps, 5), _triangle(g, g.op("Add", count, i64([1])), 4)
-    before, last = g.index(_range(g, count)), g.index(g.op("Squeeze", count))
+    before, last = g.index(arange(g, count)), g.index(g.op("Squeeze", count))
     return Chunks(length, count, steps, g.op("Mul", count, steps), inside, across, last, before)
 
 
 def _triangle(g: Graph, size: ir.Value, rank: int) -> Triangle:
-    index = _range(g, size)
+    index = arange(g, size)
     columns, rows = (
         g.op("Unsqueeze", index, g.constant([i for i in range(rank) if i != axis])) for axis in (rank - 1, rank - 2)
     )
@@ -123,13 +123,13 @@ def fill(g: Graph, batch: ir.Value, length: ir.Value, mask: ir.Value) -> Filling
     i64, cut = g.constant, cut_any(g, length)
 
     def scaled(count: Size, by: Size, *axes: int) -> ir.Value:  # 0, by, 2 by, ..., and axes of 1 after it
-        return g.op("Unsqueeze", g.op("Mul", _range(g, count), _value(g, by)), i64(axes))
+        return g.op("Unsqueeze", g.op("Mul", arange(g, count), _value(g, by)), i64(axes))
 
-    step = g.op("Add", scaled(cut.count, cut.steps, 1), _range(g, cut.steps))  # (c, l)
+    step = g.op("Add", scaled(cut.count, cut.steps, 1), arange(g, cut.steps))  # (c, l)
     source = g.index(g.op("Min", step, g.op("Sub", length, i64([1]))))
     filled = g.op("And", g.op("Gather", mask, source, axis=1), g.op("Less", step, length))
     rows = g.op("Add", scaled(batch, cut.filled, 1, 2), step)
-    back = g.op("Reshape", g.op("Add", scaled(batch, cut.filled, 1), _range(g, length)), i64([-1]))
+    back = g.op("Reshape", g.op("Add", scaled(batch, cut.filled, 1), arange(g, length)), i64([-1]))
     return Filling(cut, source, filled, g.index(rows), g.index(back))
 
 
@@ -231,7 +231,7 @@ def dims(g: Graph, *sizes: Size) -> ir.Value:
     return g.op("Concat", *(_value(g, size) for size in sizes), axis=0)
 
 
-def _range(g: Graph, size: Size) -> ir.Value:
+def arange(g: Graph, size: Size) -> ir.Value:
     """0 to size - 1."""
     return g.op("Range", g.constant(0), g.op("Squeeze", _value(g, size)), g.constant(1))
 

@@ -19,7 +19,7 @@ from typing import Any
 import onnx_ir as ir
 
 from matexport.graph.builder import Body, Graph
-from matexport.graph.chunks import Chunks, Filling, Result, chunked_attention, cut_any, dims, linear_attention
+from matexport.graph.chunks import Chunks, Filling, Result, arange, chunked_attention, cut_any, dims, linear_attention
 from matexport.graph.mamba2 import silu, softplus
 
 OURS, CONTRIB = "ai.matexport", "com.microsoft"
@@ -58,8 +58,8 @@ def taps(g: Graph, batch: ir.Value, length: ir.Value, mask: ir.Value | None, *, 
     among_real = g.op("Add", g.op("CumSum", counted, i64(1)), g.op("ReduceSum", masked, i64([1]), keepdims=1))
     target = g.op("Where", g.op("Equal", counted, i64(1)), among_real, g.op("CumSum", masked, i64(1)))
     target = g.op("Sub", target, i64(1))  # where each step goes
-    index = g.op("Range", i64(0), g.op("Squeeze", g.op("Add", length, i64([tail]))), i64(1))
-    sequence = g.op("Unsqueeze", g.op("Range", i64(0), g.op("Squeeze", batch), i64(1)), i64([1]))
+    index = arange(g, g.op("Add", length, i64([tail])))
+    sequence = g.op("Unsqueeze", arange(g, batch), i64([1]))
     state = g.op("Mul", sequence, i64([tail]))
     step = g.op("Add", g.op("Mul", sequence, length), g.op("Mul", g.op("Sub", batch, i64([1])), i64([tail])))
     row = g.op("Add", index, g.op("Where", g.op("Less", index, i64([tail])), state, step))
